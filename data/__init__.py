@@ -1,0 +1,33 @@
+"""Data turns shards into batches.
+
+A data set is a folder of ordinary WebDataset tars. Beside each tar lies a sidecar index (`NAME.idx`), and
+beside all of them `dataset.json`, which is written last: a folder that has it is complete.
+
+The contract that every file here keeps:
+
+1. The order is a pure function. `plan.py` maps a position of an endless stream to a sample, from nothing
+   but (counts, seed, window). Nothing is drawn, nothing is remembered.
+2. The state is one integer, the number of stream positions consumed. A run that saves it and starts there
+   goes on at the very next sample, on any number of ranks, in no time.
+3. Global batch b is positions [b G, (b + 1) G) of the stream, and rank r of R takes positions r, r + R, ...
+   of it. So ranks never run out of samples at different times, and an epoch may end inside a batch.
+4. A file is whole or absent. Everything is written to a temporary name, synced and renamed.
+5. A mistake in the data names the shard and the key.
+
+The files, in the order in which a sample travels:
+
+    sources.py    where samples come from: a folder of pictures, handwritten digits
+    synthetic.py  two-dimensional point sets with a known density
+    writer.py     one sample after another into tars; `write_atomically`
+    index.py      the sidecar of one tar: where each member lies, and its checksum
+    shards.py     a folder of indexed tars as one data set: `ShardSet`, `dataset.json`
+    check.py      reads every byte of a data set and says what is wrong with it
+    encode.py     pictures to latents, once, before training
+    plan.py       which sample goes into which slot of which batch
+    reader.py     the bytes of one sample
+    members.py    the bytes of one member as an array: picture, array, label
+    decode.py     the members of a sample as pixels, moments of latents, or points
+    batch.py      batches as tensors, read ahead in a thread
+
+Only `decode.py`, `batch.py` and `encode.py` import torch. Nothing here imports models, trainer or launch.
+"""
