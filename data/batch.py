@@ -165,14 +165,18 @@ class _Ahead:
         return False
 
     def get(self) -> Batch | BaseException:
-        if self._stopped.is_set():
-            raise RuntimeError("these batches are closed; make new ones with start=position")
-        if self._error is not None:
-            return self._error
-        item = self._items.get()
-        if isinstance(item, BaseException):
+        """Wait for the next batch; an error is returned again and again."""
+        while self._error is None:
+            if self._stopped.is_set():
+                raise RuntimeError("these batches are closed; make new ones with start=position")
+            try:
+                item = self._items.get(timeout=0.1)
+            except queue.Empty:
+                continue
+            if not isinstance(item, BaseException):
+                return item
             self._error = item
-        return item
+        return self._error
 
     def stop(self) -> None:
         self._stopped.set()
@@ -191,7 +195,9 @@ def _read_ahead(ahead: _Ahead, source: _Source, plan: Plan, stream: Stream, star
 
 def _stop(ahead: _Ahead, thread: threading.Thread) -> None:
     ahead.stop()
-    thread.join()
+    # The garbage collector may run this in the very thread that is to end.
+    if thread is not threading.current_thread():
+        thread.join()
 
 
 def _label(sample: Sample) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .index import Index, list_tars, load_index
 from .members import check_member
+from .shards import ShardSet
 
 
 def check_shards(folder: Path | str, *, progress: Callable[[int], None] | None = None) -> list[str]:
@@ -20,12 +21,16 @@ def check_shards(folder: Path | str, *, progress: Callable[[int], None] | None =
     except ValueError as error:
         return [str(error)]
     problems = [f"{path.name}: left by a writer that was stopped; delete it" for path in folder.glob("*.tmp")]
+    try:
+        ShardSet.open(folder)
+    except ValueError as error:
+        problems.append(str(error))
     seen: dict[str, str] = {}
     for number, tar in enumerate(tars, start=1):
         problems.extend(_problems(tar, seen))
         if progress is not None:
             progress(number)
-    return problems
+    return list(dict.fromkeys(problems))
 
 
 def _problems(tar: Path, seen: dict[str, str]) -> Iterator[str]:

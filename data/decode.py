@@ -70,8 +70,8 @@ class Points:
         return {"data": points}
 
 
-def find_decoder(shards: ShardSet, *, channels: int = 3) -> Decoder:
-    """Choose the decoder by the members that a data set has; `channels` concerns pictures.
+def find_decoder(shards: ShardSet) -> Decoder:
+    """Choose the decoder by the members that a data set has; pictures have the card's `channels`, or 3.
 
     Raises `ValueError` if the data set has no member that can be trained on.
     """
@@ -80,7 +80,7 @@ def find_decoder(shards: ShardSet, *, channels: int = 3) -> Decoder:
     if "points.npy" in shards.extensions:
         return Points()
     if set(PICTURES) & set(shards.extensions):
-        return Pixels(channels)
+        return Pixels(shards.info.get("channels", 3))
     raise ValueError(
         f"{shards.folder} has the members {', '.join(shards.extensions)}; "
         f"expected moments.npy (latents), points.npy or a picture ({', '.join(PICTURES)})"
@@ -111,12 +111,14 @@ def _stack(arrays: Sequence[np.ndarray], samples: Sequence[Sample]) -> torch.Ten
                 f"{samples[0].name} has shape {arrays[0].shape} but {sample.name} has {array.shape}; "
                 "the samples of a data set have one shape"
             )
-    stacked = torch.from_numpy(np.stack(arrays).astype(np.float32, copy=False))
-    if not torch.isfinite(stacked).all():
-        bad = next(
-            sample for array, sample in zip(arrays, samples, strict=True) if not np.isfinite(array).all()
-        )
-        raise ValueError(f"{bad.name}: it holds numbers that are not finite; write the sample again")
+    stacked = torch.from_numpy(np.stack(arrays)).float()
+    # The sum is a quick test: one number that is not finite makes it not finite too.
+    if not torch.isfinite(stacked.sum()):
+        for array, sample in zip(arrays, samples, strict=True):
+            if not np.isfinite(array).all():
+                raise ValueError(
+                    f"{sample.name}: it holds numbers that are not finite; write the sample again"
+                )
     return stacked
 
 

@@ -51,9 +51,11 @@ def encode_shards(
     if "encoder" not in info:
         raise ValueError(f"info has the keys {sorted(info)}; it needs 'encoder', which names the encoder")
     about = json.loads(json.dumps({"encoder": info["encoder"], "encoded_from": source.fingerprint}))
-    _claim(out, about)
     decoder = decoder or find_decoder(source)
-    reader = Reader(source, extensions={*decoder.extensions, *_COPIED}, verify=True)
+    if "moments.npy" in decoder.extensions:
+        raise ValueError(f"{source.folder} holds latents already; expected pictures")
+    _claim(out, about)
+    reader = Reader(source, extensions={*decoder.extensions, *_COPIED})
     for name, start, count in zip(source.shards, source.starts, source.counts, strict=True):
         if not (out / name).exists():
             samples = (reader.read(number) for number in range(start, start + count))
@@ -85,7 +87,8 @@ def _encoded(
     samples: Iterator[Sample], encode: Encode, decoder: Decoder, batch_size: int
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     while batch := list(islice(samples, batch_size)):
-        mean, std = encode(decode_batch(batch, decoder)["data"])
+        with torch.inference_mode():
+            mean, std = encode(decode_batch(batch, decoder)["data"])
         if not mean.shape == std.shape or mean.ndim != 4 or len(mean) != len(batch):
             raise ValueError(
                 f"the encoder gave mean {tuple(mean.shape)} and std {tuple(std.shape)} "

@@ -2,7 +2,8 @@
 
 The sidecar `NAME.idx` is a numpy archive without pickles. A reader that has it needs no pass over the tar
 to find a sample. Any tar can be indexed, whoever wrote it: members are grouped by key (the path up to the
-first dot of its last component, WebDataset's rule), in whatever order they lie.
+first dot of its last component, WebDataset's rule), in whatever order they lie. Folders, links and hidden
+files are passed over.
 
 A sidecar belongs to a tar of one size. Times of modification are not looked at: copying changes them.
 """
@@ -188,7 +189,8 @@ def _add(tar: Path, samples: Samples, member: tarfile.TarInfo) -> None:
 
 def _cut(tar: Path, samples: Samples, reason: str) -> ValueError:
     extensions = {extension for members in samples.values() for extension in members}
-    whole = sum(len(members) == len(extensions) for members in samples.values())
+    # Nothing tells whether the only sample so far had all its members yet.
+    whole = sum(len(members) == len(extensions) for members in samples.values()) if len(samples) > 1 else 0
     return ValueError(
         f"{tar} is cut off or damaged: {reason}; its first {whole} samples are whole. "
         "Copy or write it again, or unpack those samples and pack them anew"

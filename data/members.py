@@ -6,14 +6,18 @@ adds them.
 
 import io
 import json
+import math
 import re
+import struct
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 PICTURES = ("png", "jpg", "jpeg", "webp")
 _MODES = {1: "L", 3: "RGB"}
+# Pillow's decoders raise any of these for damaged bytes.
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 _NPY_VERSION_1 = b"\x93NUMPY\x01\x00"
 
 
@@ -25,7 +29,9 @@ def open_picture(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:
+        raise ValueError(f"the {len(data)} bytes are no picture of a known kind") from error
+    except _UNREADABLE as error:
         raise ValueError(f"the {len(data)} bytes are no whole picture ({error})") from error
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"the picture has mode {image.mode}; expected 8 bits a channel: convert it first")
@@ -59,7 +65,7 @@ def read_npy(data: bytes) -> np.ndarray:
         start = 10 + int.from_bytes(data[8:10], "little")
         dtype, shape, plain = _npy_header(data[:start])
         if plain:
-            if len(data) - start != dtype.itemsize * int(np.prod(shape)):
+            if len(data) - start != dtype.itemsize * math.prod(shape):
                 raise ValueError(f"the array says {dtype} {shape} but holds {len(data) - start} bytes")
             return np.frombuffer(data, dtype, offset=start).reshape(shape)
     try:

@@ -13,6 +13,7 @@ Source: Black and Rogaway, "Ciphers with arbitrary finite domains" (CT-RSA 2002)
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -88,7 +89,7 @@ def rank_positions(start: int, batch_size: int, *, rank: int, world: int) -> np.
 
 def permuted(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     """Apply the keyed permutation of [0, size) to each value."""
-    left_size = int(np.ceil(np.sqrt(size)))
+    left_size = math.isqrt(size - 1) + 1 if size else 1
     right_size = -(-size // left_size)
     result = _feistel(values, left_size, right_size, keys)
     outside = result >= size

@@ -6,11 +6,13 @@ only cache. At most `max_open` shards are mapped at a time; a process may not op
 
 import bisect
 import mmap
+import os
 import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 from .index import Index
 from .shards import ShardSet
@@ -33,7 +35,8 @@ class Sample:
 class Reader:
     """Reads samples by their number in the data set, from any thread.
 
-    `extensions` limits what is read. `verify` compares each member with its checksum.
+    `extensions` limits what is read. `verify` compares each member with its checksum, which costs
+    less than decoding it.
     """
 
     def __init__(
@@ -41,7 +44,7 @@ class Reader:
         shards: ShardSet,
         *,
         extensions: Collection[str] | None = None,
-        verify: bool = False,
+        verify: bool = True,
         max_open: int = 256,
     ) -> None:
         self.shards = shards
@@ -55,8 +58,8 @@ class Reader:
     def read(self, sample: int) -> Sample:
         """Read one sample.
 
-        Raises `ValueError` for a shard that is shorter than its index says, or a member that has changed
-        (with `verify`); it names the shard and the key.
+        Raises `ValueError` for a shard of another size than its index says, or for a member that has
+        changed (with `verify`); it names the shard, and the key of the member.
         """
         shard, row = self._locate(sample)
         index, memory = self._opened(shard)
@@ -95,15 +98,22 @@ class Reader:
         with self._lock:
             memory = self._maps.get(shard)
             if memory is None:
-                path = self.shards.folder / self.shards.shards[shard]
-                with open(path, "rb") as file:
-                    memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                memory = _map(self.shards.folder / self.shards.shards[shard], index.tar_bytes)
                 self._maps[shard] = memory
                 if len(self._maps) > self.max_open:
                     # Not closed here, as another thread may still be reading from it.
                     self._maps.popitem(last=False)
             self._maps.move_to_end(shard)
         return index, memory
+
+
+def _map(path: Path, num_bytes: int) -> mmap.mmap:
+    with open(path, "rb") as file:
+        if (found := os.fstat(file.fileno()).st_size) != num_bytes:
+            raise ValueError(
+                f"{path} has {found} bytes but had {num_bytes} when it was indexed; copy it again"
+            )
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _verify(sample: Sample, index: Index, row: int) -> None:

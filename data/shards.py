@@ -15,7 +15,6 @@ from typing import Any, Self
 
 import numpy as np
 
-from .check import check_shards
 from .index import Index, build_index, index_path, is_sidecar, list_tars, load_index
 from .writer import ShardWriter, write_atomically, write_shard
 
@@ -23,7 +22,6 @@ __all__ = [
     "ShardSet",
     "ShardWriter",
     "build_index",
-    "check_shards",
     "index_shards",
     "write_atomically",
     "write_dataset_card",

@@ -4,6 +4,7 @@ A `Source` says what it is (`info`, `licence`, `origin`) and yields `(key, membe
 same order each time. `make_shards` writes one into a folder that is complete or absent.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -50,11 +51,14 @@ def make_shards(
     """Write a source as an indexed data set at `out` and return it.
 
     The set grows beside `out` and is renamed when it is complete; what a killed run left is written anew.
-    An `out` that already holds this source is left alone. `progress` is called with the samples written.
+    An `out` that already holds this source is left alone. Only one process may make a set at a time.
+    `progress` is called with the samples written.
 
     Raises `ValueError` if `out` holds something else.
     """
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; expected a folder to write the data set into")
     if out.exists() and any(out.iterdir()):
         return _existing(source, out)
     partial_folder = out.with_name(f".{out.name}.partial")
@@ -123,20 +127,32 @@ def folder(path: Path | str, *, size: int, channels: int = 3) -> Source:
         raise ValueError(f"size is {size}; expected a number of pixels")
     if not path.is_dir():
         raise ValueError(f"{path} is no folder; expected a folder of pictures")
-    pictures = sorted(file for file in path.rglob("*") if file.suffix.lower() in _FOLDER_SUFFIXES)
+    pictures = sorted(file for file in path.rglob("*") if _is_picture(file.relative_to(path)))
     if not pictures:
         raise ValueError(f"{path} holds no picture; expected files ending in {', '.join(_FOLDER_SUFFIXES)}")
     outside = [file for file in pictures if file.parent == path]
     if outside and len(outside) < len(pictures):
         raise ValueError(f"{outside[0]} has no class but other pictures do; put it into a sub-folder")
     classes = () if outside else tuple(sorted({file.relative_to(path).parts[0] for file in pictures}))
-    info: dict[str, Any] = {"name": path.name, "size": size, "channels": channels, "classes": list(classes)}
+    listing = "".join(f"{file.relative_to(path)} {file.stat().st_size}\n" for file in pictures)
+    name = path.resolve().name
     return Source(
         samples=partial(_folder, path, pictures, classes, size=size, channels=channels),
         num_samples=len(pictures),
-        info=info,
-        origin=f"{len(pictures)} pictures of a folder called {path.name}",
+        info={
+            "name": name,
+            "size": size,
+            "channels": channels,
+            "classes": list(classes),
+            # Tells a folder that has changed since from the same one.
+            "listing": hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()[:16],
+        },
+        origin=f"a folder of pictures called {name}",
     )
+
+
+def _is_picture(name: Path) -> bool:
+    return name.suffix.lower() in _FOLDER_SUFFIXES and not any(part.startswith(".") for part in name.parts)
 
 
 def _folder(
