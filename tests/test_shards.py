@@ -293,9 +293,11 @@ def test_a_changed_byte_is_found(tmp_path):
 
 
 def test_check_names_every_problem(tmp_path):
+    noise = io.BytesIO()
+    Image.effect_noise((16, 16), 50).save(noise, "PNG")
     good = npy_bytes(np.zeros((2, 1, 2, 2), np.float16))
     members = [
-        ("a.png", png()[:48]),
+        ("a.png", noise.getvalue()[:200]),
         ("b.png", b"no picture"),
         ("c.npy", good[:-1]),
         ("d.npy", npy_bytes(np.array([np.inf]))),
@@ -311,7 +313,7 @@ def test_check_names_every_problem(tmp_path):
     problems = check_shards(tmp_path)
     expected = [
         "i.tar.tmp: left by a writer",
-        "a.tar: a: png: the 48 bytes are no whole picture",
+        "a.tar: a: png: the 200 bytes are no whole picture",
         "b.tar: b: png: the 10 bytes are no picture of a known kind",
         "c.tar: c: npy: the array says float16 (2, 1, 2, 2) but holds 15 bytes",
         "d.tar: d: npy: the array holds numbers that are not finite",
