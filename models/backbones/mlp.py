@@ -1,0 +1,36 @@
+"""A residual perceptron for points (B, D): the smallest network that learns a two-time flow map."""
+
+import torch
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """A residual perceptron of the state, both times and an optional class.
+
+    Forward: x (B, channels), s and t (B,) in [0, 1], labels (B,) in [0, num_classes] -> (B, channels); the label
+    `num_classes` means "no class".
+    """
+
+    def __init__(self, *, channels: int = 2, width: int = 128, depth: int = 3, num_classes: int = 0) -> None:
+        super().__init__()
+        self.frequencies = 8
+        self.inputs = nn.Linear(channels + 4 * self.frequencies, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            for _ in range(depth)
+        )
+        self.outputs = nn.Linear(width, channels)
+        self.labels = nn.Embedding(num_classes + 1, width) if num_classes else None
+        self.null_label = num_classes or None
+
+    def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return the mean velocity (B, channels)."""
+        scale = torch.arange(1, self.frequencies + 1, dtype=x.dtype, device=x.device)
+        angles = torch.cat([s[:, None] * scale, (s - t)[:, None] * scale], dim=1)
+        hidden = self.inputs(torch.cat([x, angles.sin(), angles.cos()], dim=1))
+        if self.labels is not None:
+            missing = torch.full((len(x),), self.labels.num_embeddings - 1, device=x.device)
+            hidden = hidden + self.labels(missing if condition is None else condition)
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return self.outputs(hidden)

@@ -1,0 +1,186 @@
+"""A recipe becomes a run: data, strategy, model, teacher, optimizer, hooks, in this order.
+
+The run folder holds recipe.yaml (resolved), network.json (the network's own settings, so that a run is read without
+the runs it came from), versions.json, log.jsonl, tensorboard/, checkpoints/, samples/ and report.html.
+"""
+
+import json
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from ..data.batch import Batches, Stream
+from ..data.shards import ShardSet, write_atomically
+from ..models.denoiser import Guided
+from ..models.flow_map import FlowMap, Velocity
+from .checkpoint import CheckpointError, load_weights, newest, restore
+from .config import ConfigError, plugin_class, split_name
+from .ema import Ema
+from .hooks import save_checkpoint, show_progress, stop_at_signals, update_ema
+from .latents import Preparation
+from .log import Journal
+from .loop import Run, Task
+from .optim import adamw, learning_rate
+from .recipe import NETWORKS, Recipe, TeacherSection, network_kind, resolved
+from .strategy import DataParallel
+
+MAY_CHANGE = ("steps", "save_every", "keep", "log_every")
+
+
+def train(recipe: Recipe, folder: Path) -> Run:
+    """Train a recipe in a run folder, or go on where the folder's last checkpoint is; return the run as it ended."""
+    run = build(recipe, folder)
+    with stop_at_signals(run) as stop, show_progress(run) as show, run.batches:
+        run.hooks += [update_ema, Journal(run), stop, save_checkpoint, show]
+        run.train()
+    return run
+
+
+def build(recipe: Recipe, folder: Path) -> Run:
+    """Return the run of a recipe, without hooks, at its last checkpoint if it has one."""
+    shards = ShardSet.open(recipe.data.shards)
+    strategy = DataParallel(recipe.training, clip_norm=recipe.optimizer.clip_norm)
+    model, network = _model(recipe)
+    check_data(model, network, shards)
+    if recipe.training.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    prepare = Preparation.of(shards.info, seed=recipe.seed, device=strategy.device)
+    task = Task(model, recipe.objective, prepare=prepare, teacher=_teacher(recipe.teacher, strategy.device))
+    task = strategy.prepare(task)
+    if strategy.rank == 0:
+        _write_run_files(recipe, network, folder)
+    checkpoint = newest(folder)
+    stream = Stream(
+        recipe.data.batch_size // recipe.training.accumulation,
+        seed=recipe.seed,
+        window=recipe.data.window,
+        rank=strategy.rank,
+        world=strategy.world_size,
+    )
+    run = Run(
+        folder=folder,
+        recipe=recipe,
+        task=task,
+        model=model,
+        optimizer=adamw(recipe.optimizer, model),
+        ema=Ema(model, decay=recipe.ema.decay),
+        shards=shards,
+        batches=Batches(shards, stream, start=checkpoint.state["samples"] if checkpoint else 0),
+        strategy=strategy,
+        learning_rate=lambda step: learning_rate(recipe.optimizer, step, num_steps=recipe.training.steps),
+    )
+    if checkpoint:
+        restore(run, checkpoint)
+    return run
+
+
+def make_network(settings: dict[str, Any]) -> nn.Module:
+    """Return the model of a network's settings, newly initialised: a flow map, or another kind as it is."""
+    name, arguments = split_name(settings, place="model")
+    network = plugin_class(NETWORKS, name, place="model")
+    return FlowMap(network(**arguments)) if network_kind(network) == "flow_map" else network(**arguments)
+
+
+def load_model(folder: Path, *, weights: str = "ema") -> nn.Module:
+    """Return the model of a run with the weights of its newest whole checkpoint, ready for evaluation.
+
+    Raises ConfigError where the folder is no run, CheckpointError where it has no checkpoint yet.
+    """
+    file = folder / "network.json"
+    if not file.is_file():
+        raise ConfigError(
+            f"{folder} is no run folder (no network.json); give the folder that `driftmap train` made"
+        )
+    checkpoint = newest(folder)
+    if checkpoint is None:
+        raise CheckpointError(f"{folder} has no checkpoint yet; train it first")
+    model = make_network(json.loads(file.read_text()))
+    load_weights(model, checkpoint.weights(weights), source=checkpoint.folder)
+    return model.eval().requires_grad_(False)
+
+
+def guided(model: FlowMap, scale: float, *, interval: tuple[float, float] = (0.0, 1.0)) -> Velocity:
+    """Return a model's velocity under classifier-free guidance; scale 1 is the model itself."""
+    if scale == 1:
+        return model
+    if model.null_condition is None:
+        raise ConfigError(f"guidance {scale} needs a class-conditional model; this one has no classes")
+    return Guided(model, scale, null_condition=model.null_condition, interval=interval)
+
+
+def _model(recipe: Recipe) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the model to train and its network's settings."""
+    if "from_run" in recipe.model:
+        source = Path(recipe.model["from_run"])
+        model = load_model(source).train().requires_grad_(True)
+        return model, json.loads((source / "network.json").read_text())
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        return make_network(recipe.model), recipe.model
+
+
+def _teacher(section: TeacherSection | None, device: torch.device) -> Velocity | None:
+    if section is None:
+        return None
+    model = load_model(section.run, weights=section.weights).to(device)
+    if not isinstance(model, FlowMap):
+        raise ConfigError(
+            f"teacher.run: {section.run} holds an autoencoder, expected a flow map or a velocity network"
+        )
+    return guided(model, section.guidance, interval=section.guidance_interval)
+
+
+def check_data(model: nn.Module, network: dict[str, Any], shards: ShardSet) -> None:
+    """Raise ConfigError where the samples' classes do not fit the network."""
+    num_classes = network.get("num_classes", 0)
+    if num_classes and not shards.labels:
+        raise ConfigError(
+            f"model.num_classes is {num_classes}, but {shards.folder} holds no class labels (.cls)"
+        )
+    if num_classes and max(shards.labels) >= num_classes:
+        raise ConfigError(
+            f"model.num_classes is {num_classes}, but {shards.folder} holds the class {max(shards.labels)}; "
+            f"set it to {max(shards.labels) + 1} or more"
+        )
+
+
+def _write_run_files(recipe: Recipe, network: dict[str, Any], folder: Path) -> None:
+    """Write what a run is, refusing a folder that holds a run of another recipe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "recipe.yaml"
+    settings = resolved(recipe)
+    if file.exists():
+        differences = _differences(yaml.safe_load(file.read_text()), settings)
+        if differences:
+            raise ConfigError(
+                f"{folder} holds a run of another recipe: {'; '.join(differences)}. "
+                "Give the same settings to go on, or another --out for a new run"
+            )
+    write_atomically(file, yaml.safe_dump(settings, sort_keys=False).encode())
+    write_atomically(folder / "network.json", json.dumps(network, indent=1).encode())
+    write_atomically(folder / "versions.json", json.dumps(versions(), indent=1).encode())
+
+
+def _differences(old: Any, new: Any, place: str = "") -> list[str]:
+    """Return the dotted places where two recipes differ in what may not change during a run."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [key for key in {**old, **new} if not (place == "training." and key in MAY_CHANGE)]
+        return [text for key in keys for text in _differences(old.get(key), new.get(key), f"{place}{key}.")]
+    return [] if old == new else [f"{place[:-1]} is {old!r} there, {new!r} here"]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a result depends on, and the state of the working tree."""
+    packages = ("driftmap", "torch", "diffusers", "accelerate", "safetensors", "numpy")
+    found = {name: metadata.version(name) for name in packages}
+    here = Path(__file__).parent
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
+    )
+    return {**found, "python": platform.python_version(), "git": git.stdout.strip() or "no git checkout"}

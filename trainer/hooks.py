@@ -1,0 +1,90 @@
+"""Hooks: plain callables `(run, losses)`, called in order after every micro step, each deciding whether it is due."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor
+
+from .checkpoint import save
+from .loop import Hook, Run
+
+
+def update_ema(run: Run, losses: dict[str, Tensor]) -> None:
+    """Move the mean of the weights after each optimizer step."""
+    if run.strategy.stepped:
+        run.ema.update()
+
+
+def save_checkpoint(run: Run, losses: dict[str, Tensor]) -> None:
+    """Save when a period ends, at the last step, and where a stop was asked."""
+    due = run.step % run.recipe.training.save_every == 0 or run.finished
+    if run.strategy.stepped and (due or run.stop_asked):
+        save(run)
+
+
+@contextmanager
+def stop_at_signals(run: Run) -> Iterator[Hook]:
+    """Yield a hook that ends the run after the step in which SIGINT or SIGTERM came to any process.
+
+    A second signal interrupts at once, as usual.
+    """
+    received: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, before[signal.Signals(number)])
+
+    def agree(run: Run, losses: dict[str, Tensor]) -> None:
+        if run.strategy.stepped:
+            run.stop_asked = run.strategy.any(bool(received))
+
+    for number in before:
+        signal.signal(number, remember)
+    try:
+        yield agree
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def progress_bar(unit: str = "") -> Progress:
+    """Return the progress bar of everything long: done, rate, time left."""
+    columns: list[str | ProgressColumn] = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(show_speed=True),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    ]
+    return Progress(*columns)
+
+
+@contextmanager
+def show_progress(run: Run) -> Iterator[Hook]:
+    """Yield a hook that shows the steps, their rate and the last logged loss."""
+    with progress_bar("steps") as bar:
+        task = bar.add_task(run.folder.name, total=run.recipe.training.steps, completed=run.step, note="")
+
+        def show(run: Run, losses: dict[str, Tensor]) -> None:
+            note = (
+                f"loss {run.latest['loss']:.4f}  {run.latest['images_per_s']:.0f} img/s" if run.latest else ""
+            )
+            bar.update(task, completed=run.step, note=note)
+
+        yield show

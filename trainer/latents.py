@@ -1,0 +1,40 @@
+"""From what the loader gives to what an objective sees: a keyed draw of the posterior, scaled to unit variance."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .objective import Batch
+from .seeds import Random
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Turn loaded samples into a `Batch` on a device.
+
+    Latent shards hold the mean and std of the autoencoder's posterior; a fresh draw (mean + std n - shift) * scale
+    is made at every visit, with n keyed by the sample's position. Pictures and points pass as they are.
+    """
+
+    seed: int
+    device: torch.device
+    scaling_factor: float = 1.0
+    shift_factor: float = 0.0
+
+    @classmethod
+    def of(cls, info: dict[str, Any], *, seed: int, device: torch.device) -> "Preparation":
+        """Return the preparation for a shard set with this `info` (its `latents`, if it holds any)."""
+        latents = info.get("latents", {})
+        return cls(seed, device, latents.get("scaling_factor", 1.0), latents.get("shift_factor", 0.0))
+
+    def __call__(self, samples: dict[str, Tensor]) -> Batch:
+        """Return the batch of `data` or `mean` and `std` (B, ...), `index` (B,) and an optional `label` (B,)."""
+        moved = {name: value.to(self.device, non_blocking=True) for name, value in samples.items()}
+        random = Random(self.seed, moved["index"])
+        if "mean" not in moved:
+            return Batch(moved["data"], moved.get("label"), random)
+        mean = moved["mean"].float()
+        drawn = mean + moved["std"].float() * random.normal("posterior", tuple(mean.shape[1:]))
+        return Batch((drawn - self.shift_factor) * self.scaling_factor, moved.get("label"), random)

@@ -1,0 +1,82 @@
+"""The training loop, and the task that it trains: `Task(model, objective)`, whose forward is the loss."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batch import Batches
+from ..data.shards import ShardSet
+from ..models.flow_map import Velocity
+from .ema import Ema
+from .latents import Preparation
+from .objective import Objective
+from .recipe import Recipe
+from .strategy import DataParallel
+
+
+class Task(nn.Module):
+    """A model and its objective: the module that is wrapped, so that DDP sees one forward a step."""
+
+    def __init__(
+        self, model: nn.Module, objective: Objective, *, prepare: Preparation, teacher: Velocity | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.prepare = prepare
+        self._frozen = (
+            teacher,
+        )  # inside a tuple: a teacher is no part of the module that is trained and saved
+
+    def forward(self, samples: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the losses of a batch as the loader gives it."""
+        (teacher,) = self._frozen
+        return self.objective(self.model, self.prepare(samples), teacher)
+
+
+Hook = Callable[["Run", dict[str, Tensor]], None]
+
+
+@dataclass
+class Run:
+    """Everything that a training run holds. `step` counts finished optimizer steps."""
+
+    folder: Path
+    recipe: Recipe
+    task: nn.Module
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: Ema
+    shards: ShardSet
+    batches: Batches
+    strategy: DataParallel
+    learning_rate: Callable[[int], float]
+    hooks: list[Hook] = field(default_factory=list)
+    step: int = 0
+    stop_asked: bool = False
+    latest: dict[str, float] = field(default_factory=dict)  # the last logged values
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step of the recipe is done."""
+        return self.step >= self.recipe.training.steps
+
+    @property
+    def samples(self) -> int:
+        """Samples seen by all processes so far: the position in the data stream."""
+        return self.step * self.recipe.data.batch_size
+
+    def train(self) -> None:
+        """Train until the recipe's last step, or to the end of the step in which a stop was asked."""
+        while not (self.finished or self.stop_asked):
+            batch = next(self.batches)
+            with self.strategy.accumulate(self.task):
+                losses = self.task(batch)
+                self.strategy.backward(losses["loss"])
+                self.strategy.step(self.optimizer, self.learning_rate(self.step))
+            self.step += self.strategy.stepped
+            for hook in self.hooks:
+                hook(self, losses)

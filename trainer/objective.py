@@ -1,0 +1,97 @@
+"""What an objective is: a frozen dataclass that is also the loss.
+
+Its fields are its configuration, checked when it is made; `objective(model, batch, teacher)` returns a dict with
+`loss`, the scalar to minimise, and anything worth logging: `error` (B,), the unweighted error of each sample, with
+`time` (B,), the time it was made at, are logged by time bin. An objective never sees a config, an optimizer or a
+rank, and draws every random number from `batch.random`.
+
+A new objective is a new file in objectives/; the file's name in CamelCase is its class (`my_loss.py`: `MyLoss`).
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Protocol
+
+import torch
+from pydantic import ConfigDict, Field
+from torch import Tensor, nn
+
+from ..models.flow_map import FlowMap, Velocity
+from ..models.path import Linear, Path, Trig
+from .seeds import Random
+
+STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+Paths = Annotated[Linear | Trig, Field(discriminator="name")]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples on the model's device: `data` (B, ...), class labels `condition` (B,) or None, and their randomness."""
+
+    data: Tensor
+    condition: Tensor | None
+    random: Random
+
+    def noise(self) -> Tensor:
+        """Return the noise (B, ...) that belongs to the data."""
+        return self.random.normal("noise", tuple(self.data.shape[1:])).to(self.data.dtype)
+
+    def with_condition_dropped(self, share: float, *, null: int | None) -> "Batch":
+        """Return the batch with a share of its labels replaced by the null label."""
+        if share == 0 or self.condition is None or null is None:
+            return self
+        dropped = self.random.uniform("condition dropout") < share
+        return Batch(self.data, torch.where(dropped, null, self.condition), self.random)
+
+    def take(self, rows: Tensor) -> "Batch":
+        """Return the samples at `rows` (a mask or indices), with their own randomness."""
+        condition = None if self.condition is None else self.condition[rows]
+        return Batch(self.data[rows], condition, Random(self.random.seed, self.random.index[rows]))
+
+
+class Objective(Protocol):
+    """A loss with its settings."""
+
+    model_kind: ClassVar[str]  # the kind of network it trains
+    uses_teacher: ClassVar[bool]  # whether a `teacher` section has an effect
+
+    def __call__(self, model: nn.Module, batch: Batch, teacher: Velocity | None = None) -> dict[str, Tensor]:
+        """Return `loss` (scalar) and values to log."""
+        ...
+
+
+def mean_square(residual: Tensor) -> Tensor:
+    """Return the mean over all axes but the first of a residual (B, ...), in fp32 or better: (B,)."""
+    precise = residual.to(torch.promote_types(residual.dtype, torch.float32))
+    return precise.flatten(1).square().mean(1)
+
+
+def path_velocity(path: Path, batch: Batch, t: Tensor, teacher: Velocity | None) -> tuple[Tensor, Tensor]:
+    """Return the state x_t and the velocity to learn there: the teacher's, else the path's own conditional one.
+
+    The conditional velocity is legal here, at the conditioning point, and only here: its mean given x_t is the
+    marginal velocity. Source: Lipman et al., "Flow matching", 2023, theorem 2.
+    """
+    noise = batch.noise()
+    x = path.state(batch.data, noise, t)
+    if teacher is None:
+        return x, path.velocity(batch.data, noise, t)
+    with torch.no_grad():
+        return x, teacher.velocity(x, t, batch.condition)
+
+
+def diagonal_error(model: FlowMap, path: Path, batch: Batch, t: Tensor, teacher: Velocity | None) -> Tensor:
+    """Return |v(x_t, t, t) - b(x_t, t)|^2 of each sample, averaged over its dimensions: (B,)."""
+    x, velocity = path_velocity(path, batch, t, teacher)
+    return mean_square(model.velocity(x, t, batch.condition) - velocity)
+
+
+def joined(jump: Tensor, diagonal: Tensor, *, time: Tensor) -> dict[str, Tensor]:
+    """Return the losses of a batch from the errors of its jumps and of its diagonal samples, jumps first."""
+    error = torch.cat([jump, diagonal])
+    return {
+        "loss": error.mean(),
+        "error": error,
+        "time": time,
+        "error_jump": jump,
+        "error_diagonal": diagonal,
+    }

@@ -1,0 +1,44 @@
+"""The autoencoder: reconstruct pictures from a sampled posterior that is kept near a standard normal.
+
+    loss = E [ |x - D(mean + std n)|_p^p / dim(x) + kl_weight * KL( N(mean, std^2) || N(0, I) ) / dim(z) ]
+
+Both terms are means over their own dimensions, so the weight does not change with the picture's size.
+
+Source: Kingma and Welling, "Auto-encoding variational Bayes", 2014, eq. 10; Rombach et al., 2022, section 3.1.
+"""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from ...models.flow_map import Velocity
+from ..objective import STRICT, Batch
+
+
+@dataclass(frozen=True, config=STRICT)
+class Autoencoder:
+    """Train a KL autoencoder on pixels in [-1, 1]."""
+
+    model_kind: ClassVar[str] = "autoencoder"
+    uses_teacher: ClassVar[bool] = False
+
+    kl_weight: Annotated[float, Field(ge=0)] = 1e-3
+    reconstruction: Literal["absolute", "square"] = "absolute"
+
+    def __call__(
+        self, model: nn.Module, batch: Batch, teacher: Velocity | None = None
+    ) -> dict[str, Tensor]:
+        """Return the loss, the reconstruction error and the divergence of each sample."""
+        posterior = model.encode(batch.data, return_dict=False)[0]
+        normal = batch.random.normal("posterior", tuple(posterior.mean.shape[1:]))
+        latents = posterior.mean + posterior.std * normal.to(posterior.mean.dtype)
+        residual = (model.decode(latents, return_dict=False)[0] - batch.data).flatten(1)
+        error = (residual.abs() if self.reconstruction == "absolute" else residual.square()).mean(1)
+        divergence = posterior.kl() / latents[0].numel()
+        return {
+            "loss": (error + self.kl_weight * divergence).mean(),
+            "error_reconstruction": error,
+            "divergence": divergence,
+        }

@@ -1,0 +1,36 @@
+"""Flow matching: regress the diagonal on the path's velocity.
+
+    loss = E | v(x_t, t, t) - (alpha'(t) data + sigma'(t) noise) |^2,    x_t = alpha(t) data + sigma(t) noise
+
+Source: Lipman et al., "Flow matching for generative modeling", 2023, eq. 9.
+"""
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from ...models.flow_map import FlowMap, Velocity
+from ...models.path import Linear
+from ..objective import STRICT, Batch, Paths, diagonal_error
+from ..times import Times, Uniform
+
+
+@dataclass(frozen=True, config=STRICT)
+class FlowMatching:
+    """Train a velocity from data, or copy a teacher's velocity where one is given."""
+
+    model_kind: ClassVar[str] = "flow_map"
+    uses_teacher: ClassVar[bool] = True
+
+    path: Paths = Field(default_factory=Linear)
+    times: Times = Field(default_factory=Uniform)
+    condition_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    def __call__(self, model: FlowMap, batch: Batch, teacher: Velocity | None = None) -> dict[str, Tensor]:
+        """Return the loss and the error of each sample at its time."""
+        batch = batch.with_condition_dropped(self.condition_dropout, null=model.null_condition)
+        t = self.times.sample(batch.random).to(batch.data.dtype)
+        error = diagonal_error(model, self.path, batch, t, teacher)
+        return {"loss": error.mean(), "error": error, "time": t}

@@ -1,0 +1,30 @@
+"""The optimizer of a recipe, and its learning rate as a pure function of the step."""
+
+import math
+
+import torch
+from torch import nn
+
+from .recipe import OptimizerSection
+
+
+def learning_rate(section: OptimizerSection, step: int, *, num_steps: int) -> float:
+    """Return the learning rate of `step` in 0 .. num_steps - 1; decays end at 0 with the last step."""
+    if step < section.warmup_steps:
+        return section.lr * (step + 1) / section.warmup_steps
+    done = (step - section.warmup_steps) / max(1, num_steps - section.warmup_steps)
+    if section.decay == "cosine":
+        return section.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    if section.decay == "linear":
+        return section.lr * max(0.0, 1 - done)
+    return section.lr
+
+
+def adamw(section: OptimizerSection, model: nn.Module) -> torch.optim.AdamW:
+    """Return AdamW over the trainable parameters; matrices decay, vectors (biases, norms) do not."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": section.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, fused=True)

@@ -1,0 +1,164 @@
+"""A recipe: what a config says, one frozen class per section, and the rules across sections."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from ..models import backbones
+from . import objectives
+from .config import ConfigError, checked, checked_arguments, plugin_class, plugin_names, split_name
+from .objective import STRICT, Objective
+
+OBJECTIVES = objectives.__name__
+NETWORKS = backbones.__name__
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class DataSection:
+    """Where the samples come from. `batch_size` is the global batch of one optimizer step."""
+
+    shards: Path
+    batch_size: Positive
+    window: Annotated[int, Field(ge=0)] = 0  # shards shuffled together; 0: all
+
+
+@dataclass(frozen=True, config=STRICT)
+class TeacherSection:
+    """A frozen run whose velocity teaches; `guidance` 1 is its conditional velocity alone."""
+
+    run: Path
+    weights: Literal["ema", "model"] = "ema"
+    guidance: Annotated[float, Field(ge=0)] = 1.0
+    guidance_interval: tuple[Share, Share] = (0.0, 1.0)
+
+
+@dataclass(frozen=True, config=STRICT)
+class OptimizerSection:
+    """AdamW and its learning rate, a pure function of the step: warm-up, then constant, cosine or linear decay."""
+
+    lr: Annotated[float, Field(gt=0)]
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    betas: tuple[Share, Share] = (0.9, 0.99)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+
+
+@dataclass(frozen=True, config=STRICT)
+class EmaSection:
+    """The running mean of the weights: decay min(decay, (1 + n) / (10 + n)) at the n-th update."""
+
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainingSection:
+    """How long and how; periods are in optimizer steps."""
+
+    steps: Positive
+    accumulation: Positive = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = False  # faster convolutions; no use for transformers
+    save_every: Positive = 1000
+    keep: Positive = 2
+    log_every: Positive = 10
+
+
+@dataclass(frozen=True, config=STRICT)
+class Recipe:
+    """A whole config. `model` and `objective` are plug-ins: `{name: ..., settings}`; `from_run` starts from a run."""
+
+    data: DataSection
+    model: dict[str, Any]
+    objective: Any
+    optimizer: OptimizerSection
+    training: TrainingSection
+    teacher: TeacherSection | None = None
+    ema: EmaSection = Field(default_factory=EmaSection)
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+def recipe_from(settings: dict[str, Any]) -> Recipe:
+    """Return the checked recipe of a config's settings; the objective is ready to be called."""
+    recipe = checked(Recipe, settings, place="")
+    name, arguments = split_name(recipe.objective, place="objective")
+    objective = checked(plugin_class(OBJECTIVES, name, place="objective"), arguments, place="objective")
+    recipe = replace(recipe, objective=objective, model=_checked_model(recipe.model))
+    check_across_sections(recipe)
+    return recipe
+
+
+def _checked_model(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the model section with every default written out."""
+    if "from_run" in settings:
+        if set(settings) != {"from_run"}:
+            others = ", ".join(sorted(set(settings) - {"from_run"}))
+            raise ConfigError(f"model: from_run takes the whole model from a run; remove {others}")
+        return {"from_run": str(settings["from_run"])}
+    name, arguments = split_name(settings, place="model")
+    network = plugin_class(NETWORKS, name, place="model")
+    return {"name": name, **checked_arguments(network, arguments, place="model")}
+
+
+def check_across_sections(recipe: Recipe) -> None:
+    """Raise ConfigError where two sections do not go together."""
+    objective: Objective = recipe.objective
+    if "from_run" not in recipe.model:
+        kind = network_kind(plugin_class(NETWORKS, recipe.model["name"], place="model"))
+        if kind != objective.model_kind:
+            raise ConfigError(
+                f"model.name: {recipe.model['name']!r} is a {kind}, but the objective "
+                f"{objective_name(objective)!r} trains a {objective.model_kind}"
+            )
+    if recipe.teacher is not None and not objective.uses_teacher:
+        raise ConfigError(
+            f"teacher: the objective {objective_name(objective)!r} has no use for one; remove it"
+        )
+    if recipe.data.batch_size % recipe.training.accumulation:
+        raise ConfigError(
+            f"training.accumulation: {recipe.training.accumulation} does not divide "
+            f"data.batch_size {recipe.data.batch_size}"
+        )
+    if recipe.optimizer.warmup_steps >= recipe.training.steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps: {recipe.optimizer.warmup_steps} is not below "
+            f"training.steps {recipe.training.steps}; the learning rate would never be reached"
+        )
+
+
+def network_kind(network: type) -> str:
+    """Return what a network is: "flow_map" unless its class says `kind`."""
+    return getattr(network, "kind", "flow_map")
+
+
+def objective_name(objective: Objective) -> str:
+    """Return the name that a config uses for an objective."""
+    module = type(objective).__module__
+    own = module.startswith(OBJECTIVES + ".")
+    return module.rsplit(".", 1)[1] if own else f"{module}:{type(objective).__name__}"
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as plain settings, every default written out; `recipe_from` reads them back."""
+    settings = TypeAdapter(Recipe).dump_python(replace(recipe, objective=None), mode="json")
+    values = TypeAdapter(type(recipe.objective)).dump_python(recipe.objective, mode="json")
+    return {**settings, "objective": {"name": objective_name(recipe.objective), **values}}
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema of a config, for editors; an objective's settings are listed by its name."""
+    whole = TypeAdapter(Recipe).json_schema()
+    choices = []
+    for name in plugin_names(OBJECTIVES):
+        own = TypeAdapter(plugin_class(OBJECTIVES, name, place="objective")).json_schema()
+        whole["$defs"].update(own.pop("$defs", {}))
+        own["properties"]["name"] = {"const": name}
+        choices.append({**own, "required": ["name", *own.get("required", [])]})
+    whole["properties"]["objective"] = {"oneOf": choices, "description": "The loss, by its file's name."}
+    return whole
