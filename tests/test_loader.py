@@ -7,6 +7,7 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import numpy as np
@@ -274,20 +275,15 @@ def test_reading_ahead_takes_the_waiting_away(latents):
 
 def test_many_readers_of_few_open_shards(latents):
     reader = Reader(latents, max_open=1)
-    wrong = []
 
     def read(seed):
         for number in np.random.default_rng(seed).integers(0, 23, 300):
             sample = reader.read(int(number))
-            if sample.key != f"k{number:02d}" or sample.members["moments.npy"] != npy_bytes(moments(number)):
-                wrong.append(number)
+            assert sample.key == f"k{number:02d}"
+            assert sample.members["moments.npy"] == npy_bytes(moments(number))
 
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read, range(4)))
 
 
 def test_leaving_the_interpreter_does_not_hang(latents):
