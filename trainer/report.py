@@ -1,0 +1,300 @@
+"""A run folder as one HTML page: what was trained, how it went, how good it is, what it looks like.
+
+It asks for nothing else (inline SVG, data URIs, no script), and the same input gives the same bytes. Names,
+captions and all else read from a folder are untrusted text and are escaped. `report.html` lays the page out.
+"""
+
+import base64
+import io
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+import torch
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator
+from PIL import Image
+from torch import Tensor
+
+from ..data.shards import write_atomically
+
+Row = dict[str, Any]
+MODELS = ("teacher", "student")
+METRICS = ("frechet", "ratio", "kernel", "endpoint_error", "seconds_per_sample")
+RUN_PARTS = ("recipe.yaml", "versions.json", "log.jsonl", "samples")
+CURVE_POINTS = 200
+GRID_GAP = 2  # pixels between two images of a grid, transparent so that they suit a light and a dark page
+
+# Variables of the page's style sheet, which says what they are in the light and in the dark. Matplotlib draws
+# with stand-ins for them: "#fd00" and a variable's place here, or "#fe00" and a time bin's place in percent.
+VARIABLES = ("ink-soft", "line", *MODELS, *(f"series-{place}" for place in range(6)))
+COLOURS = {name: f"#fd00{place:02}" for place, name in enumerate(VARIABLES)}
+CHART_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a log key with a dollar sign is a name, not a formula
+    "font.size": 9.5,
+    "lines.linewidth": 1.4,
+    "axes.facecolor": "none",
+    "axes.edgecolor": COLOURS["line"],
+    "grid.color": COLOURS["line"],
+} | dict.fromkeys(("axes.labelcolor", "text.color", "xtick.color", "ytick.color"), COLOURS["ink-soft"])
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart; one without x is a level that holds for every x."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: str
+    style: str = "-"
+
+
+def number(value: Any) -> float:
+    """Give a value as a float, NaN for what is not a number."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def shown(value: Any) -> str:
+    """Format a value for a reader: four significant digits, thousands separated, a dash for nothing."""
+    if not math.isfinite(number(value)):
+        return "–" if value is None else str(value)
+    grouped = value == 0 or isinstance(value, int) or 1e4 <= abs(value) < 1e12
+    return f"{value:,.0f}" if grouped else f"{value:#.4g}".rstrip(".")
+
+
+def points(rows: Sequence[Row], x: str, y: str) -> tuple[list[float], list[float]]:
+    """Give the columns x and y of the rows that have both."""
+    both = [row for row in rows if x in row and y in row]
+    return [number(row[x]) for row in both], [number(row[y]) for row in both]
+
+
+def parse(text: bytes) -> Row | None:
+    """Parse a JSON object, None for anything else."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def means(column: Sequence[float]) -> list[float]:
+    """Give at most CURVE_POINTS means of equally many neighbours, which keeps a long noisy curve readable."""
+    width = -(-len(column) // CURVE_POINTS)
+    parts = [column[start : start + width] for start in range(0, len(column), width)]
+    return [sum(part) / len(part) for part in parts]
+
+
+def read_json(path: Path) -> Row:
+    """Read a JSON object; raises ValueError naming the file when it holds anything else."""
+    content = parse(path.read_bytes())
+    if content is None:
+        raise ValueError(f"{path} holds no JSON object, expected {{...}}: write it again or move it away")
+    return content
+
+
+def read_log(path: Path) -> tuple[list[Row], int]:
+    """Read log lines by step, the last one of a repeated step, and count the lines that cannot be read.
+
+    A killed process leaves a truncated last line, and a resumed one may write behind it: neither is an error.
+    """
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    rows = [row for row in map(parse, lines) if row and isinstance(row.get("step"), int)]
+    by_step = {row["step"]: row for row in rows}
+    return [by_step[step] for step in sorted(by_step)], len(lines) - len(rows)
+
+
+def read_samples(folder: Path) -> dict[str, Any]:
+    """Read PNGs as (caption, data URI): MODEL-nfe-NUMBER share their noise and become rows and columns."""
+    table: dict[str, dict[int, tuple[str, str]]] = {}
+    others = []
+    for path in sorted(folder.glob("*.png")):
+        picture = (path.name, "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode())
+        match = re.fullmatch(r"(.+)-nfe-(\d+)\.png", path.name)
+        if match and int(match[2]) not in table.get(match[1], {}):
+            table.setdefault(match[1], {})[int(match[2])] = picture
+        else:
+            others.append(picture)
+    columns = sorted({nfe for row in table.values() for nfe in row})
+    rows = sorted(table.items(), key=lambda row: (row[0] != "teacher", row[0] != "student", row[0]))
+    return {"columns": columns, "rows": rows, "others": others}
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Read one run folder into what the page shows; raises ValueError for a folder that is no run."""
+    if not any((folder / part).exists() for part in RUN_PARTS):
+        raise ValueError(f"{folder} is no run, it has none of {RUN_PARTS}: name one `driftmap train` wrote")
+    log, unreadable = read_log(folder / "log.jsonl")
+    recipe, versions = folder / "recipe.yaml", folder / "versions.json"
+    return {
+        "name": folder.resolve().name,
+        "log": log,
+        "unreadable": unreadable,
+        "not_finite": sum(not math.isfinite(y) for y in points(log, "step", "loss")[1]),
+        "charts": log_charts(log),
+        "samples": read_samples(folder / "samples"),
+        "recipe": recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
+        "versions": read_json(versions) if versions.is_file() else {},
+    }
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """Read evaluation.json and draws it; raises ValueError naming a row without a model or evaluations."""
+    evaluation = read_json(path)
+    for place, row in enumerate(evaluation.setdefault("rows", [])):
+        if not (isinstance(row, dict) and row.get("model") in MODELS and number(row.get("nfe")) >= 1):
+            wanted = "`model` (teacher or student) and `nfe` (1 or more): run `driftmap evaluate` again"
+            raise ValueError(f"{path}: row {place} is {row!r}, expected {wanted}")
+    rows = sorted(evaluation["rows"], key=lambda row: row["nfe"])
+    extra = dict.fromkeys(key for row in rows for key in row if key not in (*METRICS, "model", "nfe"))
+    metrics = [key for key in (*METRICS, *extra) if any(key in row for row in rows)]
+    return evaluation | {
+        "rows": rows,
+        "metrics": metrics,
+        "headline": headline(evaluation),
+        "ratio_chart": evaluation_chart(rows, "ratio", floor_ratios(evaluation)),
+        "error_chart": evaluation_chart(rows, "endpoint_error", {}),
+    }
+
+
+def headline(evaluation: dict[str, Any]) -> str:
+    """Say in a sentence how few evaluations the student needs: the fewest within 5 % of its best."""
+    ratios: dict[str, dict[int, float]] = {model: {} for model in MODELS}
+    for row in evaluation["rows"]:
+        if math.isfinite(number(row.get("ratio"))):
+            ratios[row["model"]][row["nfe"]] = row["ratio"]
+    student, teacher = ratios["student"], ratios["teacher"]
+    if not student or evaluation.get("sees") is False:
+        return ""
+    nfe = min(nfe for nfe, ratio in student.items() if ratio <= 1.05 * min(student.values()))
+    steps = evaluation.get("many_steps", "many")
+    reached = f"the student reaches {student[nfe]:.2f} times the teacher's {steps}-step Fréchet distance"
+    ending = f"; the teacher itself in {nfe}: {teacher[nfe]:.2f}." if nfe in teacher else "."
+    return f"In {nfe} evaluation{'s' * (nfe != 1)} {reached}{ending}"
+
+
+def floor_ratios(evaluation: dict[str, Any]) -> dict[str, float]:
+    """Give the floors, which are distances, in the unit of `ratio`: the teacher's distance in many steps."""
+    for row in evaluation["rows"]:
+        unit = number(row.get("frechet")) / (number(row.get("ratio")) or math.nan)
+        if unit > 0:
+            return {name: number(value) / unit for name, value in sorted(evaluation.get("floor", {}).items())}
+    return {}
+
+
+def evaluation_chart(rows: Sequence[Row], metric: str, floor: dict[str, float]) -> Markup | None:
+    """Draw a metric of both models against evaluations, its floors dashed; None when no row has it."""
+    lines = []
+    for model, style in zip(MODELS, ("s-", "o-"), strict=True):
+        x, y = points([row for row in rows if row["model"] == model], "nfe", metric)
+        lines += [Line(model, x, y, COLOURS[model], style)] if x else []
+    if not lines:
+        return None
+    ticks = sorted({x for line in lines for x in line.x})
+    for style, name in zip(("--", ":"), floor, strict=False):
+        lines.append(Line(f"floor: {name}", [], [floor[name]], COLOURS["ink-soft"], style))
+    return chart(lines, "network evaluations per sample", ticks=ticks)
+
+
+def log_charts(log: Sequence[Row]) -> list[tuple[str, Markup]]:
+    """Draw losses in one chart, errors in another, and the time bins of an error in one of their own."""
+    charts: dict[str, dict[str, str]] = {}
+    keys = {key for row in log for key in row if key.startswith(("loss", "error"))}
+    for key in sorted(keys, key=lambda key: (key.startswith("error"), len(key), key)):
+        binned = re.fullmatch(r"(.+_t)(\d+)", key)
+        title = f"{binned[1]} by time bin (0: data)" if binned else "Loss" if key[0] == "l" else "Error"
+        charts.setdefault(title, {})[binned[2] if binned else key] = key
+    drawn = []
+    for title, labels in charts.items():
+        lines = []
+        for place, (label, key) in enumerate(labels.items()):
+            bin_colour = f"#fe00{100 * place // len(labels):02}"
+            colour = COLOURS[f"series-{place % 6}"] if title in ("Loss", "Error") else bin_colour
+            x, y = map(means, points(log, "step", key))
+            lines.append(Line(label, x, y, colour, "-" if x[1:] else "."))
+        drawn.append((title, chart(lines, "step")))
+    return drawn
+
+
+def chart(lines: Sequence[Line], label: str, *, ticks: Sequence[float] = ()) -> Markup:
+    """Draw lines as inline SVG, y logarithmic where none is negative, x where it has given ticks."""
+    # Hashed with the lines, the ids inside are the same in every report and different in every chart.
+    with matplotlib.rc_context({**CHART_STYLE, "svg.hashsalt": repr(lines)}):
+        figure = Figure(figsize=(4.8, 3.1), layout="constrained", facecolor="none")
+        axes = figure.subplots()
+        for line in lines:
+            if line.x:
+                axes.plot(line.x, line.y, line.style, label=line.label, color=line.colour)
+            else:
+                axes.axhline(line.y[0], label=line.label, color=line.colour, linestyle=line.style)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        if ticks:
+            axes.set(xscale="log", xticks=ticks)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        values = [value for line in lines for value in line.y if math.isfinite(value)]
+        if values and min(values) >= 0 < max(values):
+            axes.set_yscale("log", nonpositive="mask")  # an exact end point, error 0, is off the scale
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+        axes.grid(axis="y", linewidth=0.6)
+        axes.tick_params(length=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.set_xlabel(label)
+        columns = max(1, min(5, 60 // (6 + max(len(line.label) for line in lines))))
+        figure.legend(loc="outside upper left", ncols=columns, frameon=False, handlelength=1.4)
+        svg = io.StringIO()
+        figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return inline(svg.getvalue())
+
+
+def inline(svg: str) -> Markup:
+    """Turn matplotlib's document, whose labels it has escaped, into an element the page sizes and colours."""
+    box, body = re.findall(r'(?s)<svg[^>]*(viewBox="[^"]*")[^>]*>(.*)', svg)[0]
+    body = re.sub(r"(?s)<style.*?</style>|font-family: [^;<>]*; ", "", body)
+    body = re.sub(r'<g id="[^"]*"', "<g", body)  # repeated in every chart, and nothing refers to a group
+    body = re.sub(r"#fd000(\d)", lambda match: f"var(--{VARIABLES[int(match[1])]})", body)
+    body = re.sub(r"#fe00(\d\d)", r"color-mix(in oklch, var(--bin-last) \1%, var(--bin-first))", body)
+    return Markup(f"<svg {box}>{body}")
+
+
+def grid(images: Tensor, columns: int) -> bytes:
+    """Give PNG bytes of images (N, C, H, W), uint8 with 1 or 3 channels, laid out row by row."""
+    wrong_shape = images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images)
+    if images.dtype != torch.uint8 or wrong_shape or columns < 1:
+        found = f"{images.dtype} {tuple(images.shape)} in {columns} columns"
+        raise ValueError(f"a grid takes uint8 images (N, 1 or 3, H, W) in 1 column or more, found {found}")
+    count, _, height, width = images.shape
+    rows, columns = -(-count // columns), min(columns, count)
+    cells = torch.zeros(rows * columns, 4, height + GRID_GAP, width + GRID_GAP, dtype=torch.uint8)
+    cells[:count, :3, :height, :width] = images.cpu()
+    cells[:count, 3, :height, :width] = 255
+    canvas = cells.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    buffer = io.BytesIO()
+    Image.fromarray(canvas[:-GRID_GAP, :-GRID_GAP].contiguous().numpy()).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def write_report(out: Path, *, runs: list[Path], evaluation: Path | None) -> Path:
+    """Write one page about run folders and, where there is one, their evaluation.json; returns its path.
+
+    Raises ValueError for no runs, a folder that is no run, and a file that cannot be read. A part that is not
+    there yet is no error: the page says what is missing and which command makes it.
+    """
+    if not runs:
+        raise ValueError("a report needs at least one run: name the folder that `driftmap train` wrote")
+    found = read_evaluation(evaluation) if evaluation and evaluation.is_file() else None
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page.filters["shown"] = shown
+    template = page.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    text = template.render(runs=[read_run(run) for run in runs], evaluation=found, most=CURVE_POINTS)
+    write_atomically(out, text.encode("utf-8", errors="replace"))  # a file name may hold what is no UTF-8
+    return out
