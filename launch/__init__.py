@@ -1,1 +1,9 @@
-"""Placeholder."""
+"""Where work runs and where the result goes.
+
+    cli.py         the commands; answers --help without importing torch
+    quickstart.py  the whole line on one machine, from pictures to a few-step pipeline
+    evaluation.py  from run folders to a table
+    export.py      a run as a diffusers pipeline folder
+    bench.py       what our code costs beside a reference
+Nothing is imported here: `driftmap --help` has to answer at once on a login node.
+"""

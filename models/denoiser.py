@@ -17,7 +17,7 @@ class Denoiser(nn.Module):
         self.prediction: Prediction = prediction
 
     def end_points(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the posterior means (data, noise) given x_t = x; see `Path.end_points` for the legal times."""
+        """Return the posterior means (data, noise) given x_t = x; legal times: see `Path.end_points`."""
         return self.path.end_points(x, self.network(x, t, t, condition), t, kind=self.prediction)
 
     def velocity(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:

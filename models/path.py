@@ -4,7 +4,8 @@ Every conversion of the field stands here, once. Whatever a network predicts bec
 and everything else follows from the pair: the state by `Path.state`, the velocity by `Path.velocity`.
 Times have shape (B,) and are in [0, 1]; data, noise and states have shape (B, ...).
 
-Source: Albergo, Boffi and Vanden-Eijnden, "Stochastic interpolants", 2023, eq. 2.1; Lipman et al. 2023, eq. 10.
+Source: Albergo, Boffi and Vanden-Eijnden, "Stochastic interpolants", 2023, eq. 2.1; Lipman et al. 2023, eq.
+10.
 """
 
 import math

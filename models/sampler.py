@@ -12,8 +12,8 @@ from .path import expand
 def time_grid(num_steps: int, *, shift: float = 1.0, device: torch.device | str = "cpu") -> Tensor:
     """Return num_steps + 1 times from 1 to 0, u -> shift u / (1 + (shift - 1) u) of an even grid (float64).
 
-    Source: Esser et al., "Scaling rectified flow transformers", 2024, eq. 23; diffusers' flow-map scheduler has
-    the same grid.
+    Source: Esser et al., "Scaling rectified flow transformers", 2024, eq. 23; diffusers' flow-map scheduler
+    has the same grid.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}, expected at least 1")

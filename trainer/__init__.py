@@ -1,8 +1,9 @@
 """How weights change: a recipe becomes a run, and a run is a loop over batches with hooks.
 
-A run is a folder. `driftmap train CONFIG` checks the config (config.py, recipe.py), builds everything that trains
-(build.py) and enters the loop (loop.py): take a batch, ask the task for its losses, go backward, step; then the
-hooks, in order: EMA, log, stop, checkpoint, progress. The same command on the same folder goes on at the next sample.
+A run is a folder. `driftmap train CONFIG` checks the config (config.py, recipe.py), builds everything that
+trains (build.py) and enters the loop (loop.py): take a batch, ask the task for its losses, go backward,
+step; then the hooks, in order: EMA, log, stop, checkpoint, progress. The same command on the same folder
+goes on at the next sample.
 
     config.py      YAML and key=value overrides -> checked objects; every message names the key
     recipe.py      one frozen class per section; the rules across sections

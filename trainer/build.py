@@ -1,7 +1,8 @@
 """A recipe becomes a run: data, strategy, model, teacher, optimizer, hooks, in this order.
 
-The run folder holds recipe.yaml (resolved), network.json (the network's own settings, so that a run is read without
-the runs it came from), versions.json, log.jsonl, tensorboard/, checkpoints/, samples/ and report.html.
+The run folder holds recipe.yaml (resolved), network.json (the network's own settings, so that a run is read
+without the runs it came from), versions.json, log.jsonl, tensorboard/, checkpoints/, samples/ and
+report.html.
 """
 
 import json
@@ -34,7 +35,7 @@ MAY_CHANGE = ("steps", "save_every", "keep", "log_every")
 
 
 def train(recipe: Recipe, folder: Path) -> Run:
-    """Train a recipe in a run folder, or go on where the folder's last checkpoint is; return the run as it ended."""
+    """Train a recipe in a run folder, going on from its last checkpoint; return the run as it ended."""
     run = build(recipe, folder)
     with stop_at_signals(run) as stop, show_progress(run) as show, run.batches:
         run.hooks += [update_ema, Journal(run), stop, save_checkpoint, show]
@@ -49,7 +50,7 @@ def build(recipe: Recipe, folder: Path) -> Run:
     model, network = _model(recipe)
     check_data(model, network, shards)
     if recipe.training.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     prepare = Preparation.of(shards.info, seed=recipe.seed, device=strategy.device)
     task = Task(model, recipe.objective, prepare=prepare, teacher=_teacher(recipe.teacher, strategy.device))
     task = strategy.prepare(task)
@@ -78,6 +79,14 @@ def build(recipe: Recipe, folder: Path) -> Run:
     if checkpoint:
         restore(run, checkpoint)
     return run
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Raise where the shards, the runs or the classes that a recipe names are missing or do not fit."""
+    shards = ShardSet.open(recipe.data.shards)
+    model, network = _model(recipe)
+    check_data(model, network, shards)
+    _teacher(recipe.teacher, torch.device("cpu"))
 
 
 def make_network(settings: dict[str, Any]) -> nn.Module:

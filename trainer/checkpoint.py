@@ -5,7 +5,8 @@ RUN/checkpoints/step-00001234/ holds
     ema.safetensors        their fp32 mean
     optimizer.safetensors  both Adam moments and the step of every parameter, by name
     state.json             step, position in the data stream, fingerprints
-    manifest.json          size and sha256 of every file above; a folder without a matching one is not a checkpoint
+    manifest.json          size and sha256 of every file above; a folder without a matching one is not a
+    checkpoint
 No generator states: randomness is keyed (seeds.py). Nothing is pickled.
 """
 
@@ -94,8 +95,8 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
     for key, present in (("dataset", run.shards.fingerprint), ("seed", run.recipe.seed)):
         if state[key] != present:
             raise CheckpointError(
-                f"{checkpoint.folder} was made with {key} {state[key]!r}, this run has {present!r}; the data stream "
-                "would not go on at the next sample. Use the same one, or start a new run folder"
+                f"{checkpoint.folder} was made with {key} {state[key]!r}, this run has {present!r}; the data "
+                "stream would not go on at the next sample. Use the same one, or start a new run folder"
             )
     load_weights(run.model, checkpoint.weights("model"), source=checkpoint.folder)
     run.ema.load(checkpoint.weights("ema"), num_updates=state["ema_updates"])
@@ -112,7 +113,8 @@ def folders(run_folder: Path) -> list[Path]:
 def newest(run_folder: Path) -> Checkpoint | None:
     """Return the newest checkpoint that verifies; None if the run has none.
 
-    Raises CheckpointError where there are checkpoints and none is whole: beginning again silently would lose work.
+    Raises CheckpointError where there are checkpoints and none is whole: beginning again silently would
+    lose work.
     """
     problems: list[str] = []
     for folder in reversed(folders(run_folder)):
@@ -168,9 +170,9 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], *, source: Path) 
 
 def _moments(run: Run) -> dict[str, Tensor]:
     """Return the optimizer's state as `moment/parameter` tensors."""
-    names = {parameter: name for name, parameter in run.model.named_parameters()}
+    names = {id(parameter): name for name, parameter in run.model.named_parameters()}
     return {
-        f"{moment}/{names[parameter]}": values[moment]
+        f"{moment}/{names[id(parameter)]}": values[moment]
         for parameter, values in run.optimizer.state.items()
         for moment in MOMENTS
     }
@@ -179,11 +181,11 @@ def _moments(run: Run) -> dict[str, Tensor]:
 def _restore_moments(run: Run, moments: dict[str, Tensor]) -> None:
     """Put `moment/parameter` tensors back; `step` stays where the optimizer keeps it."""
     state: dict[int, dict[str, Tensor]] = {}
-    parameters = {parameter: name for name, parameter in run.model.named_parameters()}
-    ordered: list[nn.Parameter] = [p for group in run.optimizer.param_groups for p in group["params"]]
-    for number, parameter in enumerate(ordered):
-        if f"step/{parameters[parameter]}" in moments:
-            state[number] = {moment: moments[f"{moment}/{parameters[parameter]}"] for moment in MOMENTS}
+    names = {id(parameter): name for name, parameter in run.model.named_parameters()}
+    ordered = [names[id(parameter)] for group in run.optimizer.param_groups for parameter in group["params"]]
+    for number, name in enumerate(ordered):
+        if f"step/{name}" in moments:
+            state[number] = {moment: moments[f"{moment}/{name}"] for moment in MOMENTS}
     run.optimizer.load_state_dict(
         {"state": state, "param_groups": run.optimizer.state_dict()["param_groups"]}
     )

@@ -1,7 +1,7 @@
 """From a YAML file and `key=value` overrides to a checked Recipe; every message names the dotted key.
 
-A plug-in (an objective, a network) is found by its file's name: `{name: semigroup, ...}` is the class `Semigroup`
-of objectives/semigroup.py, and a dotted path `my_lab.losses:Mine` is a user's own class.
+A plug-in (an objective, a network) is found by its file's name: `{name: semigroup, ...}` is the class
+`Semigroup` of objectives/semigroup.py, and a dotted path `my_lab.losses:Mine` is a user's own class.
 """
 
 import difflib
@@ -103,7 +103,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def checked(kind: type, settings: Any, *, place: str) -> Any:
-    """Return `kind` made from settings, or a ConfigError with one line a mistake, each with its dotted place."""
+    """Return `kind` made from settings, or raise a ConfigError with a line a mistake and its dotted place."""
     try:
         return TypeAdapter(kind).validate_python(settings)
     except ValidationError as error:
@@ -127,7 +127,7 @@ def _message(entry: Any, kind: type, place: str) -> str:
 
 
 def _walk(schema: dict[str, Any], sections: list[str]) -> tuple[list[str], list[str]]:
-    """Return the sections as a user wrote them, without the tags of unions, and the keys legal at their end."""
+    """Return the sections as a user wrote them, without tags of unions, and the keys legal at their end."""
     path: list[str] = []
     nodes = _members(schema, schema)
     for part in sections:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class Ema:
     """The mean of a model's trainable parameters, by their names.
 
-    The n-th update moves it by 1 - min(decay, (1 + n) / (10 + n)), so that an early mean is not the birth weights.
-    bf16 means never move (an update is below rounding), so the mean is fp32 whatever the model is.
+    The n-th update moves it by 1 - min(decay, (1 + n) / (10 + n)), so that an early mean is not the birth
+    weights. bf16 means never move (an update is below rounding), so the mean is fp32 whatever the model is.
     """
 
     def __init__(self, model: nn.Module, *, decay: float) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..data.batch import ordered
 from ..data.shards import ShardSet
-from ..models.autoencoder import decode_latents, encode_moments, fingerprint
+from ..models.autoencoder import decode, decode_latents, encode_moments, fingerprint
 from ..models.backbones.convnet import ConvNet
 from ..models.flow_map import FlowMap, Velocity
 from ..models.sampler import euler, heun, jump, time_grid
@@ -46,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Judge:
-    """What pictures are compared by: a classifier's features, real pictures and the way from latents to pictures."""
+    """What pictures are compared by: a classifier's features, real pictures, and an autoencoder."""
 
     autoencoder: AutoencoderKL
     probe: ConvNet
@@ -69,7 +69,7 @@ class Judge:
     def reconstructions(self) -> Tensor:
         """Return the held-out pictures after the autoencoder, by their posterior means."""
         parts = [encode_moments(self.autoencoder, part)[0] for part in self.held_out.split(256)]
-        return torch.cat([self.autoencoder.decode(part, return_dict=False)[0] for part in parts]).clamp(-1, 1)
+        return torch.cat([decode(self.autoencoder, part) for part in parts]).clamp(-1, 1)
 
 
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
@@ -192,5 +192,5 @@ def pictures_of(shards: ShardSet, count: int) -> tuple[Tensor, Tensor]:
 
 
 def sample_noise(count: int, shape: tuple[int, ...], *, seed: int) -> Tensor:
-    """Return the noise (count, *shape) of samples 0 .. count - 1: sample i is the same on any number of processes."""
+    """Return the noise (count, *shape) of samples 0 .. count - 1, whatever process draws them."""
     return Random(seed, torch.arange(count)).normal("sample", shape)

@@ -1,24 +1,15 @@
-"""Hooks: plain callables `(run, losses)`, called in order after every micro step, each deciding whether it is due."""
+"""Hooks: callables `(run, losses)`, called in order after every micro step; each decides if it is due."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor
 
 from .checkpoint import save
 from .loop import Hook, Run
+from .progress import progress
 
 
 def update_ema(run: Run, losses: dict[str, Tensor]) -> None:
@@ -60,31 +51,16 @@ def stop_at_signals(run: Run) -> Iterator[Hook]:
             signal.signal(number, handler)
 
 
-def progress_bar(unit: str = "") -> Progress:
-    """Return the progress bar of everything long: done, rate, time left."""
-    columns: list[str | ProgressColumn] = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(show_speed=True),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    ]
-    return Progress(*columns)
-
-
 @contextmanager
 def show_progress(run: Run) -> Iterator[Hook]:
     """Yield a hook that shows the steps, their rate and the last logged loss."""
-    with progress_bar("steps") as bar:
-        task = bar.add_task(run.folder.name, total=run.recipe.training.steps, completed=run.step, note="")
+    total = run.recipe.training.steps
+    with progress(run.folder.name, total, unit="steps", done=run.step) as update:
 
         def show(run: Run, losses: dict[str, Tensor]) -> None:
-            note = (
-                f"loss {run.latest['loss']:.4f}  {run.latest['images_per_s']:.0f} img/s" if run.latest else ""
+            latest = run.latest
+            update(
+                run.step, f"loss {latest['loss']:.4f}  {latest['images_per_s']:.0f} img/s" if latest else ""
             )
-            bar.update(task, completed=run.step, note=note)
 
         yield show

@@ -1,4 +1,4 @@
-"""From what the loader gives to what an objective sees: a keyed draw of the posterior, scaled to unit variance."""
+"""From what the loader gives to what an objective sees: keyed draws of the posterior, of unit variance."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +14,9 @@ from .seeds import Random
 class Preparation:
     """Turn loaded samples into a `Batch` on a device.
 
-    Latent shards hold the mean and std of the autoencoder's posterior; a fresh draw (mean + std n - shift) * scale
-    is made at every visit, with n keyed by the sample's position. Pictures and points pass as they are.
+    Latent shards hold the mean and std of the autoencoder's posterior; a fresh draw (mean + std n - shift)
+    * scale is made at every visit, with n keyed by the sample's position. Pictures and points pass as they
+    are.
     """
 
     seed: int
@@ -30,7 +31,7 @@ class Preparation:
         return cls(seed, device, latents.get("scaling_factor", 1.0), latents.get("shift_factor", 0.0))
 
     def __call__(self, samples: dict[str, Tensor]) -> Batch:
-        """Return the batch of `data` or `mean` and `std` (B, ...), `index` (B,) and an optional `label` (B,)."""
+        """Return the batch of `data`, or `mean` and `std`, (B, ...), `index` (B,) and maybe `label` (B,)."""
         moved = {name: value.to(self.device, non_blocking=True) for name, value in samples.items()}
         random = Random(self.seed, moved["index"])
         if "mean" not in moved:

@@ -1,6 +1,7 @@
 """What a run tells: means over all samples since the last line, as JSONL and for TensorBoard."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -40,20 +41,18 @@ class Means:
             self._sums[name], self._counts[name] = total.clone(), count.clone()
 
     def take(self) -> dict[str, float]:
-        """Return the means and begin again; a bin that met no sample is left out."""
+        """Return the means and begin again; what met no sample is left out."""
         values: dict[str, float] = {}
         for name, total in self._sums.items():
-            for number, (mean, count) in enumerate(
-                zip(
-                    (total / self._counts[name]).reshape(-1).tolist(),
-                    self._counts[name].reshape(-1).tolist(),
-                    strict=True,
-                )
-            ):
-                if count:
-                    values[name if total.dim() == 0 else f"{name}{number}"] = mean
+            means = total / self._counts[name]
+            numbered = {name: means.item()} if means.dim() == 0 else _numbered(name, means)
+            values |= {key: mean for key, mean in numbered.items() if not math.isnan(mean)}
         self._sums, self._counts = {}, {}
         return values
+
+
+def _numbered(name: str, values: Tensor) -> dict[str, float]:
+    return {f"{name}{number}": value for number, value in enumerate(values.tolist())}
 
 
 class Journal:
@@ -98,8 +97,9 @@ class Journal:
         if not torch.isfinite(torch.tensor([values["loss"], values["grad_norm"]])).all():
             keys = ", ".join(run.batches.keys_of(torch.arange(run.samples - 8, run.samples)))
             raise FloatingPointError(
-                f"loss {values['loss']} and gradient norm {values['grad_norm']} at step {run.step} are not finite "
-                f"(last samples: {keys}). Checkpoints on disk are intact; lower optimizer.lr or set clip_norm"
+                f"loss {values['loss']} and gradient norm {values['grad_norm']} at step {run.step} are not "
+                f"finite (last samples: {keys}). Checkpoints on disk are intact; "
+                "lower optimizer.lr, or set optimizer.clip_norm"
             )
 
 

@@ -1,11 +1,12 @@
 """What an objective is: a frozen dataclass that is also the loss.
 
-Its fields are its configuration, checked when it is made; `objective(model, batch, teacher)` returns a dict with
-`loss`, the scalar to minimise, and anything worth logging: `error` (B,), the unweighted error of each sample, with
-`time` (B,), the time it was made at, are logged by time bin. An objective never sees a config, an optimizer or a
-rank, and draws every random number from `batch.random`.
+Its fields are its configuration, checked when it is made; `objective(model, batch, teacher)` returns a dict
+with `loss`, the scalar to minimise, and anything worth logging: `error` (B,), the unweighted error of each
+sample, with `time` (B,), the time it was made at, are logged by time bin. An objective never sees a config,
+an optimizer or a rank, and draws every random number from `batch.random`.
 
-A new objective is a new file in objectives/; the file's name in CamelCase is its class (`my_loss.py`: `MyLoss`).
+A new objective is a new file in objectives/; the file's name in CamelCase is its class (`my_loss.py`:
+`MyLoss`).
 """
 
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ Paths = Annotated[Linear | Trig, Field(discriminator="name")]
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples on the model's device: `data` (B, ...), class labels `condition` (B,) or None, and their randomness."""
+    """Samples on the model's device: `data` (B, ...), labels `condition` (B,) or None, their randomness."""
 
     data: Tensor
     condition: Tensor | None
@@ -66,10 +67,10 @@ def mean_square(residual: Tensor) -> Tensor:
 
 
 def path_velocity(path: Path, batch: Batch, t: Tensor, teacher: Velocity | None) -> tuple[Tensor, Tensor]:
-    """Return the state x_t and the velocity to learn there: the teacher's, else the path's own conditional one.
+    """Return the state x_t and the velocity to learn there: the teacher's, else the conditional one.
 
-    The conditional velocity is legal here, at the conditioning point, and only here: its mean given x_t is the
-    marginal velocity. Source: Lipman et al., "Flow matching", 2023, theorem 2.
+    The conditional velocity is legal here, at the conditioning point, and only here: its mean given x_t is
+    the marginal velocity. Source: Lipman et al., "Flow matching", 2023, theorem 2.
     """
     noise = batch.noise()
     x = path.state(batch.data, noise, t)

@@ -40,7 +40,7 @@ class TeacherSection:
 
 @dataclass(frozen=True, config=STRICT)
 class OptimizerSection:
-    """AdamW and its learning rate, a pure function of the step: warm-up, then constant, cosine or linear decay."""
+    """AdamW; the learning rate is a pure function of the step: warm-up, then constant, cosine or linear."""
 
     lr: Annotated[float, Field(gt=0)]
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -72,7 +72,7 @@ class TrainingSection:
 
 @dataclass(frozen=True, config=STRICT)
 class Recipe:
-    """A whole config. `model` and `objective` are plug-ins: `{name: ..., settings}`; `from_run` starts from a run."""
+    """A whole config. `model` and `objective` are plug-ins, `{name: ..., settings}`; see also `from_run`."""
 
     data: DataSection
     model: dict[str, Any]

@@ -1,13 +1,15 @@
 """Randomness as a function of (seed, position in the data stream, purpose).
 
-Nothing here has a state. The noise of a sample depends on its position alone, so a checkpoint needs no generator,
-a resumed run is exact, ranks never share noise, and neither world size nor accumulation changes a loss.
+Nothing here has a state. The noise of a sample depends on its position alone, so a checkpoint needs no
+generator, a resumed run is exact, ranks never share noise, and neither world size nor accumulation changes
+a loss.
 
 The bits come from Threefry-2x32 with 20 rounds: a sample's key is the cipher of its position under (seed,
 purpose), its numbers are the cipher of 0, 1, 2, ... under that key. Normals by Box and Muller, in float32, on
 whatever device the positions are on.
 
-Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.2 (known answers in the tests).
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.2 (known answers in
+the tests).
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """How a task is spread over processes: Accelerate's process group, autocast, accumulation and clipping.
 
-The learning rate is set by the loop before each step and never `prepare`d: Accelerate would step a schedule once a
-process. The same goes for the loader and the checkpoint, which are ours.
+The learning rate is set by the loop before each step and never `prepare`d: Accelerate would step a schedule
+once a process. The same goes for the loader and the checkpoint, which are ours.
 """
 
 from contextlib import AbstractContextManager
@@ -15,7 +15,7 @@ from .recipe import TrainingSection
 
 
 class DataParallel:
-    """Every process holds the whole model; gradients are averaged over processes (DDP), or one process trains alone."""
+    """Every process holds the whole model and gradients are averaged (DDP); one process trains alone."""
 
     def __init__(self, section: TrainingSection, *, clip_norm: float | None) -> None:
         self.accelerator = Accelerator(
@@ -46,7 +46,7 @@ class DataParallel:
         return self.accelerator.sync_gradients
 
     def prepare(self, task: nn.Module) -> nn.Module:
-        """Return the task on its device, wrapped for gradient averaging; call what is returned, never its inside."""
+        """Return the task on its device, wrapped to average gradients; call only what is returned."""
         return self.accelerator.prepare_model(task)
 
     def accumulate(self, task: nn.Module) -> AbstractContextManager[Any]:
@@ -58,7 +58,7 @@ class DataParallel:
         self.accelerator.backward(loss)
 
     def step(self, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-        """Clip, step and clear the gradients where accumulation is complete; `grad_norm` is the norm before."""
+        """Clip, step and clear the gradients where accumulation is complete; keep the norm in `grad_norm`."""
         if not self.stepped:
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,7 +1,7 @@
 """Derivatives of a network along a direction: exact by forward mode, or by a central difference.
 
-Attention has forward-mode derivatives in its plain (`MATH`) form only, on CPU and GPU alike, so the form is forced
-inside; kernels are never swapped silently anywhere else.
+Attention has forward-mode derivatives in its plain (`MATH`) form only, on CPU and GPU alike, so the form is
+forced inside; kernels are never swapped silently anywhere else.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,7 @@
 """Distributions of one time t, and of pairs (s, t) for jumps; t = 0 is data, t = 1 noise.
 
-Sources: logit-normal times: Esser et al. 2024, eq. 19; pairs as two sorted draws: Geng et al. 2025, section 4.3.
+Sources: logit-normal times: Esser et al. 2024, eq. 19; pairs as two sorted draws: Geng et al. 2025, section
+4.3.
 """
 
 from typing import Annotated, Literal
@@ -45,8 +46,8 @@ Times = Annotated[Uniform | LogitNormal, Field(discriminator="name")]
 class Pairs:
     """Pairs (s, t) of a source and a target not after it: two sorted draws of `times`.
 
-    A share `diagonal` of the samples has t = s. Of the others, the jumps, a share `from_noise` starts at s = 1 and
-    a share `to_data` ends at t = 0, drawn independently; with both, some are the whole way at once.
+    A share `diagonal` of the samples has t = s. Of the others, the jumps, a share `from_noise` starts at s
+    = 1 and a share `to_data` ends at t = 0, drawn independently; with both, some are the whole way at once.
     """
 
     times: Times = Field(default_factory=Uniform)

@@ -4,6 +4,6 @@ import diffusers
 
 
 class AutoencoderKL(diffusers.AutoencoderKL):
-    """The autoencoder of latent diffusion: pictures (B, C, H, W) in [-1, 1] to a Gaussian over latents and back."""
+    """The autoencoder of latent diffusion: pictures (B, C, H, W) in [-1, 1] to latents and back."""
 
     kind = "autoencoder"

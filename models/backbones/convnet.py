@@ -8,11 +8,17 @@ class ConvNet(nn.Module):
 
     kind = "classifier"
 
-    def __init__(self, *, channels: int = 3, width: int = 32, num_features: int = 64, num_classes: int = 10) -> None:
+    def __init__(
+        self, *, channels: int = 3, width: int = 32, num_features: int = 64, num_classes: int = 10
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for inputs, outputs in ((channels, width), (width, 2 * width), (2 * width, 2 * width)):
-            layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.GroupNorm(8, outputs), nn.SiLU()]
+            layers += [
+                nn.Conv2d(inputs, outputs, 3, stride=2, padding=1),
+                nn.GroupNorm(8, outputs),
+                nn.SiLU(),
+            ]
         self.body = nn.Sequential(*layers, nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.SiLU())
         self.hidden = nn.Linear(2 * width * 4, num_features)
         self.scores = nn.Linear(num_features, num_classes)

@@ -1,16 +1,15 @@
-"""A diffusion transformer with two times, as a diffusers model; this one file is all that a published model needs.
+"""A diffusion transformer with two times, as a diffusers model; a published model takes this one file along.
 
 Tokens are patches of the latents. Each block is modulated by c = e(s) + g(s - t) + y, the embeddings of the
 source time, of the gap and of the class (adaLN-zero: every block starts as the identity). The gap embedding g
 has no biases and its features vanish at zero, so that
 - g(0) = 0 always: on the diagonal the network is exactly a one-time velocity network, whatever was trained;
-- with g's last layer at zero, as at birth, the network ignores t: a student that copies a teacher trained by flow
-  matching equals it to the last bit.
-Blocks are called one by one (`embed`, `blocks[i]`, `head`) and never reached into, so they can be sharded,
-checkpointed and differentiated in forward mode separately.
+- with g's last layer at zero, as at birth, the network ignores t: a student that copies a teacher trained
+by flow matching equals it to the last bit. Blocks are called one by one (`embed`, `blocks[i]`, `head`) and
+never reached into, so they can be sharded, checkpointed and differentiated in forward mode separately.
 
-Source: Peebles and Xie, "Scalable diffusion models with transformers", 2023, section 3; QK norm: Dehghani et al.,
-"Scaling vision transformers to 22 billion parameters", 2023.
+Source: Peebles and Xie, "Scalable diffusion models with transformers", 2023, section 3; QK norm: Dehghani
+et al., "Scaling vision transformers to 22 billion parameters", 2023.
 """
 
 import torch
@@ -41,7 +40,7 @@ class TimeEmbedding(nn.Module):
         self.second = nn.Linear(width, width, bias=not vanishing)
 
     def forward(self, time: Tensor) -> Tensor:
-        """Return the embedding (B, width) of times (B,); waves in fp32 or better, angular frequencies 1..100."""
+        """Return the embedding (B, width) of times (B,): waves of 1 to 100 radians, fp32 or better."""
         precise = time.to(torch.promote_types(time.dtype, torch.float32))
         exponents = torch.linspace(0.0, 2.0, self.num_frequencies, dtype=precise.dtype, device=time.device)
         angles = precise[:, None] * 10.0**exponents
@@ -139,6 +138,7 @@ class DiT(ModelMixin, ConfigMixin):
             raise ValueError(f"width {width} must be a multiple of 4 and of num_heads {num_heads}")
         self.side = sample_size // patch_size
         self.patch_size = patch_size
+        self.sample_shape = (in_channels, sample_size, sample_size)
         self.null_label = num_classes or None
         self.register_buffer("positions", position_embedding(self.side, width))
         self.patches = nn.Linear(in_channels * patch_size**2, width)

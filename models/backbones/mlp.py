@@ -7,8 +7,8 @@ from torch import Tensor, nn
 class MLP(nn.Module):
     """A residual perceptron of the state, both times and an optional class.
 
-    Forward: x (B, channels), s and t (B,) in [0, 1], labels (B,) in [0, num_classes] -> (B, channels); the label
-    `num_classes` means "no class".
+    Forward: x (B, channels), s and t (B,) in [0, 1], labels (B,) in [0, num_classes] -> (B, channels); the
+    label `num_classes` means "no class".
     """
 
     def __init__(self, *, channels: int = 2, width: int = 128, depth: int = 3, num_classes: int = 0) -> None:
@@ -21,6 +21,7 @@ class MLP(nn.Module):
         )
         self.outputs = nn.Linear(width, channels)
         self.labels = nn.Embedding(num_classes + 1, width) if num_classes else None
+        self.sample_shape = (channels,)
         self.null_label = num_classes or None
 
     def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:

@@ -1,1 +1,1 @@
-"""One file per loss; the file's name is the objective's name in a config. See ../objective.py for the contract."""
+"""One file per loss; the file's name is its name in a config. ../objective.py says what an objective is."""

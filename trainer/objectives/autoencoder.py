@@ -4,15 +4,18 @@
 
 Both terms are means over their own dimensions, so the weight does not change with the picture's size.
 
-Source: Kingma and Welling, "Auto-encoding variational Bayes", 2014, eq. 10; Rombach et al., 2022, section 3.1.
+Source: Kingma and Welling, "Auto-encoding variational Bayes", 2014, eq. 10; Rombach et al., 2022, section
+3.1.
 """
 
 from typing import Annotated, ClassVar, Literal
 
+from diffusers import AutoencoderKL
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 
+from ...models.autoencoder import decode, posterior
 from ...models.flow_map import Velocity
 from ..objective import STRICT, Batch
 
@@ -28,15 +31,15 @@ class Autoencoder:
     reconstruction: Literal["absolute", "square"] = "absolute"
 
     def __call__(
-        self, model: nn.Module, batch: Batch, teacher: Velocity | None = None
+        self, model: AutoencoderKL, batch: Batch, teacher: Velocity | None = None
     ) -> dict[str, Tensor]:
         """Return the loss, the reconstruction error and the divergence of each sample."""
-        posterior = model.encode(batch.data, return_dict=False)[0]
-        normal = batch.random.normal("posterior", tuple(posterior.mean.shape[1:]))
-        latents = posterior.mean + posterior.std * normal.to(posterior.mean.dtype)
-        residual = (model.decode(latents, return_dict=False)[0] - batch.data).flatten(1)
+        gaussian = posterior(model, batch.data)
+        normal = batch.random.normal("posterior", tuple(gaussian.mean.shape[1:]))
+        latents = gaussian.mean + gaussian.std * normal.to(gaussian.mean.dtype)
+        residual = (decode(model, latents) - batch.data).flatten(1)
         error = (residual.abs() if self.reconstruction == "absolute" else residual.square()).mean(1)
-        divergence = posterior.kl() / latents[0].numel()
+        divergence = gaussian.kl() / latents[0].numel()
         return {
             "loss": (error + self.kl_weight * divergence).mean(),
             "error_reconstruction": error,

@@ -1,6 +1,6 @@
 """The classifier: cross-entropy of the class given the picture, with pictures shifted at random.
 
-    loss = -E log softmax(scores(picture))[class]
+loss = -E log softmax(scores(picture))[class]
 """
 
 from typing import Annotated, ClassVar
@@ -38,7 +38,9 @@ class Classifier:
         """Return the pictures, each moved by a whole number of pixels, edges repeated."""
         m, (height, width) = self.max_shift, batch.data.shape[-2:]
         padded = F.pad(batch.data, (m, m, m, m), mode="replicate")
-        down, right = ((batch.random.uniform(axis) * (2 * m + 1)).long() for axis in ("shift down", "shift right"))
+        down, right = (
+            (batch.random.uniform(axis) * (2 * m + 1)).long() for axis in ("shift down", "shift right")
+        )
         rows = (down[:, None] + torch.arange(height, device=down.device))[:, None, :, None]
         columns = (right[:, None] + torch.arange(width, device=right.device))[:, None, None, :]
         samples = torch.arange(len(padded), device=down.device)[:, None, None, None]

@@ -3,11 +3,12 @@
     residual:      loss = E | v + (t - s) dv/dt - sg[ b(X_{s,t}(x), t) ] |^2
     semigradient:  loss = E | v - sg[ b(X_{s,t}(x), t) - (t - s) dv/dt ] |^2,      v = v(x, s, t),
 
-for the jumps of a batch, and v(x, s, s) = b(x, s) for its diagonal samples. b is the teacher's velocity or the
-network's own diagonal; at the end of a jump the conditional velocity is not legal. Nothing differentiates through
-X_{s,t}(x), the teacher's input.
+for the jumps of a batch, and v(x, s, s) = b(x, s) for its diagonal samples. b is the teacher's velocity or
+the network's own diagonal; at the end of a jump the conditional velocity is not legal. Nothing
+differentiates through X_{s,t}(x), the teacher's input.
 
-Source: d/dt X_{s,t}(x) = b(X_{s,t}(x), t); Boffi, Albergo and Vanden-Eijnden, "Flow map matching", 2024, eq. 12.
+Source: d/dt X_{s,t}(x) = b(X_{s,t}(x), t); Boffi, Albergo and Vanden-Eijnden, "Flow map matching", 2024,
+eq. 12.
 """
 
 from typing import ClassVar, Literal

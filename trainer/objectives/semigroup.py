@@ -1,12 +1,13 @@
 """The semigroup rule: one jump equals two jumps over a point between; no derivative is needed.
 
-    loss = E | v(x, s, t) - sg[ r v(x, s, u) + (1 - r) v(X_{s,u}(x), u, t) ] |^2,    u = s + r (t - s), r in (0, 1)
+    loss = E | v(x, s, t) - sg[ r v(x, s, u) + (1 - r) v(X_{s,u}(x), u, t) ] |^2,    u = s + r (t - s), r in
+    (0, 1)
 
-for the jumps of a batch, and v(x, s, s) = b(x, s) for its diagonal samples, where b is the teacher's velocity or,
-from scratch, the path's conditional one.
+for the jumps of a batch, and v(x, s, s) = b(x, s) for its diagonal samples, where b is the teacher's
+velocity or, from scratch, the path's conditional one.
 
-Source: X_{u,t} o X_{s,u} = X_{s,t} divided by t - s; Boffi, Albergo and Vanden-Eijnden, "How to build a consistency
-model", 2025 (progressive self-distillation).
+Source: X_{u,t} o X_{s,u} = X_{s,t} divided by t - s; Boffi, Albergo and Vanden-Eijnden, "How to build a
+consistency model", 2025 (progressive self-distillation).
 """
 
 from typing import ClassVar, Literal

@@ -1,0 +1,121 @@
+"""A run as a diffusers pipeline folder, and the proof that it gives the trainer's samples without driftmap.
+
+OUT/model_index.json  pipeline.py           one self-contained pipeline, trust_remote_code=True
+    transformer/      config, safetensors, driftmap_dit.py
+    scheduler/        diffusers' FlowMapEulerDiscreteScheduler
+    vae/              diffusers' AutoencoderKL with the latents' scale
+"""
+
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import yaml
+from diffusers import AutoencoderKL, FlowMapEulerDiscreteScheduler, ModelMixin
+from safetensors.torch import load_file, save_file
+
+from ..data.shards import ShardSet
+from ..models import pipeline
+from ..models.flow_map import FlowMap
+from ..models.sampler import jump, time_grid
+from ..trainer.build import load_model
+from ..trainer.config import ConfigError
+from ..trainer.encode import autoencoder_of
+from ..trainer.evaluate import sample_noise
+
+_LOAD_AND_SAMPLE = """
+import sys
+sys.modules["driftmap"] = None  # an import of driftmap fails from here on
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+folder, inputs, outputs = sys.argv[1:]
+given = load_file(inputs)
+pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+pipe.set_progress_bar_config(disable=True)
+labels = given["labels"].tolist() if "labels" in given else None
+steps = int(given["steps"])
+noise = given["noise"]
+common = dict(class_labels=labels, latents=noise, num_images=len(noise), num_inference_steps=steps)
+images = pipe(**common, output_type="pt").images
+save_file({"latents": pipe(**common, output_type="latent").images, "images": images.contiguous()}, outputs)
+"""
+
+
+def export(run: Path, out: Path, *, autoencoder: Path | None = None) -> Path:
+    """Write the EMA weights of a run as a pipeline folder, whole or not at all; return the folder."""
+    model = load_model(run)
+    if not isinstance(model, FlowMap) or not isinstance(model.backbone, ModelMixin):
+        raise ConfigError(f"{run} holds no model that diffusers can load; export takes flow maps of a DiT")
+    if out.exists() and not (out / "model_index.json").is_file():
+        raise ConfigError(f"{out} exists and is no exported pipeline; give a new folder")
+    shards = ShardSet.open(yaml.safe_load((run / "recipe.yaml").read_text())["data"]["shards"])
+    vae = autoencoder_of(shards, autoencoder) if "latents" in shards.info else None
+    aside = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    _write(aside, model.backbone, vae, shards.info.get("classes"))
+    old = out.with_name(f".{out.name}.old")
+    if out.exists():
+        os.rename(out, old)
+    os.rename(aside, out)
+    shutil.rmtree(old, ignore_errors=True)
+    return out
+
+
+def _write(folder: Path, backbone: ModelMixin, vae: AutoencoderKL | None, classes: list[str] | None) -> None:
+    module = f"driftmap_{Path(inspect.getfile(type(backbone))).stem}"
+    backbone.save_pretrained(folder / "transformer")
+    shutil.copy(inspect.getfile(type(backbone)), folder / "transformer" / f"{module}.py")
+    shutil.copy(inspect.getfile(pipeline), folder / "pipeline.py")
+    FlowMapEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+    if vae is not None:
+        native = AutoencoderKL.from_config(vae.config)
+        assert isinstance(native, AutoencoderKL)
+        native.load_state_dict(vae.state_dict())
+        native.save_pretrained(folder / "vae")
+    index: dict[str, Any] = {
+        "_class_name": ["pipeline", pipeline.FlowMapPipeline.__name__],
+        "_diffusers_version": diffusers.__version__,
+        "transformer": [module, type(backbone).__name__],
+        "scheduler": ["diffusers", FlowMapEulerDiscreteScheduler.__name__],
+        "vae": [None, None] if vae is None else ["diffusers", AutoencoderKL.__name__],
+    }
+    if classes:
+        index["id2label"] = {str(number): name for number, name in enumerate(classes)}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def check_export(folder: Path, run: Path, *, num_samples: int = 8, steps: int = 4, seed: int = 0) -> float:
+    """Return the largest difference between the trainer's samples and those of the folder in a fresh process.
+
+    The process cannot import driftmap. Latents are compared; pictures follow from them by the same
+    autoencoder.
+    """
+    model = load_model(run)
+    assert isinstance(model, FlowMap) and isinstance(model.backbone, ModelMixin)
+    config = model.backbone.config
+    noise = sample_noise(num_samples, (config.in_channels, config.sample_size, config.sample_size), seed=seed)
+    labels = torch.arange(num_samples) % config.num_classes if config.num_classes else None
+    ours = jump(model, noise, grid=time_grid(steps), condition=labels)
+    given = {"noise": noise, "steps": torch.tensor(steps)} | ({} if labels is None else {"labels": labels})
+    with tempfile.TemporaryDirectory() as scratch:
+        inputs, outputs = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
+        save_file(given, inputs)
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch}
+        command = [sys.executable, "-c", _LOAD_AND_SAMPLE, str(folder.resolve()), str(inputs), str(outputs)]
+        done = subprocess.run(
+            command, env=environment, cwd=scratch, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"{folder} does not load in a fresh process:\n{done.stderr}")
+        theirs = load_file(outputs)["latents"]
+    return (ours - theirs).abs().max().item()
