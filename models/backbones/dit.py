@@ -75,7 +75,10 @@ class Attention(nn.Module):
 
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Return layer-normalised tokens (B, L, width), scaled and shifted by (B, width)."""
-    return F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+    # One group a token is layer norm. F.layer_norm itself has a wrong gradient of its forward-mode derivative
+    # (torch 2.13; see pytorch issue 196700), which is what the Lagrangian residual trains on.
+    normalised = F.group_norm(tokens.flatten(0, 1), 1, eps=1e-6).view_as(tokens)
+    return normalised * (1 + scale[:, None]) + shift[:, None]
 
 
 class Block(nn.Module):

@@ -15,8 +15,9 @@ class MLP(nn.Module):
         super().__init__()
         self.frequencies = 8
         self.inputs = nn.Linear(channels + 4 * self.frequencies, width)
+        # GroupNorm(1, ...) is layer norm, with the right gradient of its forward-mode derivative: see dit.py.
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            nn.Sequential(nn.GroupNorm(1, width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
             for _ in range(depth)
         )
         self.outputs = nn.Linear(width, channels)
