@@ -1,54 +1,134 @@
-"""The exact flow of Gaussian data, with the interface of our own models: what every loss and sampler is held to.
+"""The exact flow of Gaussian data, with our models' interface: what every loss and sampler is held to.
 
-For data N(m, c^2 I) on the linear path, with S(t)^2 = (1 - t)^2 c^2 + t^2,
-    X_{s,t}(x) = (1 - t) m + S(t) / S(s) (x - (1 - s) m)
-    b(x, t)    = -m + (t - (1 - t) c^2) / S(t)^2 (x - (1 - t) m).
+For data N(m, c^2 I) on a path (alpha, sigma), with S^2 = alpha^2 c^2 + sigma^2,
+    X_{s,t}(x) = alpha(t) m + S(t) / S(s) (x - alpha(s) m).
+Nothing here is taken from models/path.py, so that a wrong sign there is seen. With c = 0 the data are a
+point, and the conditional velocity is the marginal one.
 """
 
-import torch
-from torch import Tensor, nn
+import math
+from typing import Literal
 
+import torch
 from driftmap.models.flow_map import FlowMap
-from driftmap.models.path import expand
 from driftmap.trainer.objective import Batch
 from driftmap.trainer.seeds import Random
+from torch import Tensor, nn
+
+CLASS_MEANS = (-0.6, 1.1)
 
 
 class GaussianBackbone(nn.Module):
-    """The exact mean velocity (X_{s,t}(x) - x) / (t - s); `wrong` is added to it (a wrong map)."""
+    """The exact mean velocity (X_{s,t}(x) - x) / (t - s), without the division: exact on the diagonal too.
 
-    null_label = None
+    Class i has the mean CLASS_MEANS[i]; the null label and a missing condition have `mean`.
+    """
 
-    def __init__(self, *, mean: float = 0.7, std: float = 0.4, wrong: float = 0.0) -> None:
+    sample_shape = (5,)
+    null_label = len(CLASS_MEANS)
+
+    def __init__(
+        self, *, mean: float = 0.7, std: float = 0.4, path: Literal["linear", "trig"] = "linear"
+    ) -> None:
         super().__init__()
-        self.mean, self.std = mean, std
-        self.wrong = nn.Parameter(torch.tensor(wrong, dtype=torch.float64))
+        self.mean, self.std, self.path = mean, std, path
 
-    def spread(self, t: Tensor) -> Tensor:
-        return ((1 - t) ** 2 * self.std**2 + t**2).sqrt()
+    def means(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        """Return the mean of the data of each sample, (B, 1)."""
+        if condition is None:
+            return torch.full_like(x[:, :1], self.mean)
+        return torch.tensor([*CLASS_MEANS, self.mean], dtype=x.dtype)[condition, None]
 
-    def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
-        # (S(t) - S(s)) / (t - s) without the division, so that the diagonal is exact as well:
-        # S(t)^2 - S(s)^2 = (t - s) ((t + s) (1 + c^2) - 2 c^2).
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha and S at t."""
+        if self.path == "linear":
+            alpha, sigma = 1 - t, t
+        else:
+            alpha, sigma = (math.pi / 2 * t).cos(), (math.pi / 2 * t).sin()
+        return alpha, (alpha**2 * self.std**2 + sigma**2).sqrt()
+
+    def slopes(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (alpha(t) - alpha(s)) / (t - s) and (S(t)^2 - S(s)^2) / (t - s), divided by hand."""
         c2 = self.std**2
-        slope = ((t + s) * (1 + c2) - 2 * c2) / (self.spread(t) + self.spread(s)) / self.spread(s)
-        exact = -self.mean + expand(slope, x) * (x - expand(1 - s, x) * self.mean)
-        return exact + self.wrong * (1 + expand(t - s, x) * x)
-
-
-class SignedTime(GaussianBackbone):
-    """A wrong map of another kind: it moves the state the wrong way in time."""
+        if self.path == "linear":
+            return -torch.ones_like(s), (t + s) * (1 + c2) - 2 * c2
+        quarter, half = math.pi / 4, math.pi / 2
+        alpha_slope = -half * (quarter * (t + s)).sin() * torch.sinc((t - s) / 4)
+        return alpha_slope, half * (1 - c2) * (half * (t + s)).sin() * torch.sinc((t - s) / 2)
 
     def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return the mean velocity (B, 5)."""
+        s, t, m = s[:, None], t[:, None], self.means(x, condition)
+        (alpha, spread), (_, later) = self.coefficients(s), self.coefficients(t)
+        alpha_slope, square_slope = self.slopes(s, t)
+        return alpha_slope * m + square_slope / (later + spread) / spread * (x - alpha * m)
+
+
+class Shifted(GaussianBackbone):
+    """Wrong by a smooth error, on the diagonal as well."""
+
+    def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return the mean velocity (B, 5)."""
+        return super().forward(x, s, t, condition) + 0.1 * (1 + (t - s)[:, None] * x)
+
+
+class Reversed(GaussianBackbone):
+    """Moves the state the wrong way."""
+
+    def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return the mean velocity (B, 5)."""
         return -super().forward(x, s, t, condition)
 
 
-def gaussian_batch(size: int = 256, *, mean: float = 0.7, std: float = 0.4, dimensions: int = 5) -> Batch:
-    """Return fp64 samples of N(mean, std^2 I) with positions 0 .. size - 1."""
+class Hurried(GaussianBackbone):
+    """Arrives where the flow is at t^2."""
+
+    def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return the mean velocity (B, 5)."""
+        return super().forward(x, s, t**2, condition)
+
+
+class Blind(GaussianBackbone):
+    """Ignores the target time: a student at birth, right on the diagonal and wrong elsewhere."""
+
+    def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return the mean velocity (B, 5)."""
+        return super().forward(x, s, s, condition)
+
+
+class LateError(GaussianBackbone):
+    """Wrong by one for sources after 0.5, exact before."""
+
+    def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return the mean velocity (B, 5)."""
+        return super().forward(x, s, t, condition) + (s > 0.5).to(x.dtype)[:, None]
+
+
+class Recording(GaussianBackbone):
+    """Exact, and keeps the arguments of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
+
+    def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return the mean velocity (B, 5)."""
+        self.calls.append((x, s, t, condition))
+        return super().forward(x, s, t, condition)
+
+
+def gaussian_batch(
+    size: int = 256, *, mean: float = 0.7, std: float = 0.4, dimensions: int = 5, labels: bool = False
+) -> Batch:
+    """Return fp64 samples of N(mean, std^2 I), or of the classes in turn, with positions 0 .. size - 1."""
     random = Random(3, torch.arange(size))
-    data = mean + std * random.normal("data", (dimensions,)).double()
-    return Batch(data, None, random)
+    condition = torch.arange(size) % len(CLASS_MEANS) if labels else None
+    centres = torch.tensor([mean] if condition is None else CLASS_MEANS, dtype=torch.float64)
+    means = centres[torch.zeros_like(random.index) if condition is None else condition]
+    data = means[:, None] + std * random.normal("data", (dimensions,)).double()
+    return Batch(data, condition, random)
 
 
-def exact(**settings: float) -> FlowMap:
-    return FlowMap(GaussianBackbone(**settings))
+def exact(*, mean: float = 0.7, std: float = 0.4, path: Literal["linear", "trig"] = "linear") -> FlowMap:
+    """Return the exact flow map."""
+    return FlowMap(GaussianBackbone(mean=mean, std=std, path=path))
