@@ -125,7 +125,7 @@ def evaluate(
         Path | None, typer.Option(help="the run to compare with; by default its teacher")
     ] = None,
     nfe: Annotated[str, typer.Option(help="numbers of evaluations")] = "1,2,4,8",
-    many: Annotated[int, typer.Option(min=4, help="evaluations of the teacher's accurate solution")] = 64,
+    many: Annotated[int, typer.Option(min=4, help="evaluations of the teacher's accurate solution")] = 32,
     num_samples: Annotated[int, typer.Option(min=2, help="pictures to compare")] = 1000,
     seed: Annotated[int, typer.Option(help="of the noise")] = 0,
     out: Annotated[Path | None, typer.Option(help="by default RUN/evaluation.json")] = None,

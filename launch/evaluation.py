@@ -36,7 +36,7 @@ class EvaluationRequest:
     held_out: Path
     teacher: Path | None = None
     nfe: tuple[int, ...] = (1, 2, 4, 8)
-    many: int = 64
+    many: int = 32
     num_samples: int = 1000
     seed: int = 0
 
