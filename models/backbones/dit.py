@@ -161,7 +161,9 @@ class DiT(ModelMixin, ConfigMixin):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         if self.labels is not None:
-            nn.init.normal_(self.labels.weight, std=0.5)  # with the 0.02 of the paper classes are learned more slowly
+            nn.init.normal_(
+                self.labels.weight, std=0.5
+            )  # with the 0.02 of the paper classes are learned more slowly
         starts_at_zero: list[nn.Linear] = [self.gap.second, self.head.modulation, self.head.projection]
         for linear in starts_at_zero + [block.modulation for block in self._blocks()]:
             nn.init.zeros_(linear.weight)

@@ -1,0 +1,191 @@
+"""A student that copies a velocity network is that network on the diagonal, to the last bit, and stays one.
+
+Besides: networks have right derivatives, are called block by block, and survive saving.
+"""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from driftmap.models.backbones.dit import DiT
+from driftmap.models.backbones.mlp import MLP
+from driftmap.models.flow_map import FlowMap
+from driftmap.trainer.objective import Batch
+from driftmap.trainer.objectives.flow_matching import FlowMatching
+from driftmap.trainer.objectives.lagrangian import Lagrangian
+from driftmap.trainer.seeds import Random
+from driftmap.trainer.tangent import time_derivative
+from torch import Tensor, nn
+
+NETWORKS: dict[str, Callable[[], Any]] = {
+    "dit": lambda: DiT(sample_size=4, in_channels=3, width=16, depth=2, num_heads=2, num_classes=3),
+    "dit, qk norm": lambda: DiT(
+        sample_size=4, in_channels=3, width=16, depth=2, num_heads=2, num_classes=3, qk_norm=True
+    ),
+    "mlp": lambda: MLP(channels=3, width=16, depth=2, num_classes=3),
+}
+every_network = pytest.mark.parametrize("name", NETWORKS)
+every_dit = pytest.mark.parametrize("name", ["dit", "dit, qk norm"])
+RANDOM = Random(0, torch.arange(6))
+S, T = torch.tensor([1.0, 0.9, 0.7, 0.5, 0.3, 0.1]), torch.tensor([0.0, 0.4, 0.7, 0.1, 0.2, 0.0])
+LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
+
+
+def network(name: str) -> Any:
+    torch.manual_seed(0)
+    return NETWORKS[name]()
+
+
+def moved(name: str) -> Any:
+    """Return a network none of whose weights is at its start: zeros would hide mistakes."""
+    found = network(name)
+    with torch.no_grad():
+        for parameter in found.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return found
+
+
+def state(found: nn.Module) -> Tensor:
+    return RANDOM.normal("x", found.sample_shape)
+
+
+def trained(found: Any, objective: Any, *, steps: int = 5) -> Any:
+    """Return the network after some steps of an objective on random data."""
+    optimizer = torch.optim.AdamW(found.parameters(), lr=1e-2, weight_decay=0.1)
+    for step in range(steps):
+        random = Random(1, torch.arange(8 * step, 8 * step + 8))
+        batch = Batch(random.normal("data", found.sample_shape), random.index % 3, random)
+        objective(FlowMap(found), batch)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
+@every_network
+def test_a_student_with_its_teachers_weights_equals_it_on_the_diagonal(name: str) -> None:
+    teacher, student = moved(name), network(name)
+    student.load_state_dict(teacher.state_dict())
+    x = state(teacher)
+    assert torch.equal(FlowMap(student).velocity(x, S, LABELS), teacher(x, S, S, LABELS))
+
+
+@every_dit
+def test_a_student_at_birth_equals_its_teacher_whatever_the_target_time(name: str) -> None:
+    """Flow matching, weight decay included, never moves the last layer of the gap's embedding from zero."""
+    teacher = trained(network(name), FlowMatching())
+    x = state(teacher)
+    assert torch.equal(teacher(x, S, T, LABELS), teacher(x, S, S, LABELS))
+    assert teacher(x, S, S, LABELS).abs().max() > 0
+
+
+@every_dit
+def test_whatever_is_trained_the_diagonal_does_not_see_the_gap_embedding(name: str) -> None:
+    student = trained(network(name), Lagrangian())
+    other = copy.deepcopy(student)
+    for parameter in other.gap.parameters():
+        nn.init.normal_(parameter)
+    x = state(student)
+    assert torch.equal(student(x, S, S, LABELS), other(x, S, S, LABELS))
+    assert student.gap.second.weight.abs().max() > 0
+    assert not torch.equal(student(x, S, T, LABELS), student(x, S, S, LABELS))
+
+
+@every_network
+def test_the_forward_mode_derivative_and_its_gradient_are_those_of_a_central_difference(name: str) -> None:
+    """Also the gradient: that of torch's own layer norm is wrong through its forward-mode derivative."""
+    found = moved(name).double()
+    x, s, t = state(found).double(), S.double(), T.double()
+
+    def mean_velocity(time: Tensor) -> Tensor:
+        return found(x, s, time, LABELS)
+
+    parts = []
+    for how in ("forward", "finite_difference"):
+        value, slope = time_derivative(mean_velocity, t, how=how)
+        gradients = torch.autograd.grad((value * slope).sum(), list(found.parameters()), allow_unused=True)
+        parts.append((value, slope, [g for g in gradients if g is not None]))
+    for exact, quotient in zip(*parts, strict=True):
+        torch.testing.assert_close(exact, quotient, rtol=1e-5, atol=1e-6)
+    assert parts[0][1].abs().max() > 1e-2
+
+
+@every_dit
+def test_blocks_called_one_by_one_are_the_forward(name: str) -> None:
+    found = moved(name)
+    x = state(found)
+    tokens, c = found.embed(x, S, T, LABELS)
+    for block in found.blocks:
+        tokens = block(tokens, c)
+    assert torch.equal(found.unpatch(found.head(tokens, c)), found(x, S, T, LABELS))
+
+
+def test_patches_go_back_to_where_they_were_taken() -> None:
+    """With unit embedding weights the tokens are the patches; position (1, 2) of channel 1 is traced."""
+    found = DiT(sample_size=4, in_channels=3, patch_size=2, width=12, depth=1, num_heads=1)
+    nn.init.eye_(found.patches.weight)
+    x = state(found)
+    tokens, _ = found.embed(x, S, T, None)
+    assert torch.equal(found.unpatch(tokens - found.positions).round(decimals=5), x.round(decimals=5))
+    lone = torch.zeros(1, 3, 4, 4)
+    lone[0, 1, 1, 2] = 1
+    tokens, _ = found.embed(lone, S[:1], T[:1], None)
+    assert (tokens - found.positions).abs().sum(2).argmax() == 1  # row 1, column 2 is in the second patch
+
+
+@every_network
+def test_a_missing_condition_is_the_null_label(name: str) -> None:
+    found = moved(name)
+    x, null = state(found), torch.full((6,), found.null_label)
+    assert found.null_label == 3
+    assert torch.equal(found(x, S, T), found(x, S, T, null))
+    assert not torch.equal(found(x, S, T), found(x, S, T, LABELS))
+
+
+@every_network
+def test_each_sample_is_computed_on_its_own(name: str) -> None:
+    found = moved(name)
+    x = state(found)
+    alone = torch.cat([found(x[i : i + 1], S[i : i + 1], T[i : i + 1], LABELS[i : i + 1]) for i in range(6)])
+    torch.testing.assert_close(found(x, S, T, LABELS), alone, rtol=1e-4, atol=1e-5)
+
+
+@every_dit
+def test_a_saved_transformer_is_loaded_as_it_was(name: str, tmp_path: Path) -> None:
+    found = moved(name)
+    found.save_pretrained(tmp_path)
+    loaded = DiT.from_pretrained(tmp_path)
+    assert isinstance(loaded, DiT)
+    settings = {key for key in found.config if not key.startswith("_")}
+    assert {key: loaded.config[key] for key in settings} == {key: found.config[key] for key in settings}
+    x = state(found)
+    assert torch.equal(loaded(x, S, T, LABELS), found(x, S, T, LABELS))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"sample_size": 7}, "sample_size 7 is no multiple of patch_size 2"),
+        ({"width": 18, "num_heads": 2}, "width 18 must be a multiple of 4 and of num_heads 2"),
+        ({"width": 16, "num_heads": 3}, "width 16 must be a multiple of 4 and of num_heads 3"),
+    ],
+)
+def test_sizes_that_do_not_go_together_are_refused(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DiT(**settings)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 4, 4), (3, 2, 8)])
+def test_samples_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
+    """The last one holds as many numbers as a right sample: reshaping alone would take it."""
+    with pytest.raises(ValueError, match=r"x has shape \(6, .*\), expected \(6, 3, 4, 4\)"):
+        network("dit")(torch.zeros(6, *shape), S, T, LABELS)
+
+
+def test_an_unknown_class_is_refused() -> None:
+    for name in NETWORKS:
+        found = network(name)
+        with pytest.raises(IndexError):
+            found(state(found), S, T, LABELS + 1)
