@@ -16,7 +16,8 @@ import torch
 import yaml
 from torch import nn
 
-from ..data.batch import Batches, Stream
+from ..data.batch import Batches, Stream, ordered
+from ..data.reader import Reader
 from ..data.shards import ShardSet, write_atomically
 from ..models.denoiser import Guided
 from ..models.flow_map import FlowMap, Velocity
@@ -37,8 +38,9 @@ MAY_CHANGE = ("steps", "save_every", "keep", "log_every")
 def train(recipe: Recipe, folder: Path) -> Run:
     """Train a recipe in a run folder, going on from its last checkpoint; return the run as it ended."""
     run = build(recipe, folder)
-    with stop_at_signals(run) as stop, show_progress(run) as show, run.batches:
-        run.hooks += [update_ema, Journal(run), stop, save_checkpoint, show]
+    with run.batches, stop_at_signals(run) as stop, show_progress(run) as show:
+        # The journal has to know of a stop, and comes before the checkpoint: see log.py.
+        run.hooks += [update_ema, stop, Journal(run), save_checkpoint, show]
         run.train()
     return run
 
@@ -52,11 +54,10 @@ def build(recipe: Recipe, folder: Path) -> Run:
     if recipe.training.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     prepare = Preparation.of(shards.info, seed=recipe.seed, device=strategy.device)
-    task = Task(model, recipe.objective, prepare=prepare, teacher=_teacher(recipe.teacher, strategy.device))
-    task = strategy.prepare(task)
-    if strategy.rank == 0:
-        _write_run_files(recipe, network, folder)
-    checkpoint = newest(folder)
+    teacher = _teacher(recipe.teacher, shards, strategy.device)
+    strategy.first(lambda: _check_recipe(recipe, folder))
+    checkpoint = strategy.first(lambda: newest(folder))
+    task = strategy.prepare(Task(model, recipe.objective, prepare=prepare, teacher=teacher))
     stream = Stream(
         recipe.data.batch_size // recipe.training.accumulation,
         seed=recipe.seed,
@@ -78,6 +79,7 @@ def build(recipe: Recipe, folder: Path) -> Run:
     )
     if checkpoint:
         restore(run, checkpoint)
+    strategy.first(lambda: _write_run_files(recipe, network, folder))
     return run
 
 
@@ -86,7 +88,7 @@ def check_inputs(recipe: Recipe) -> None:
     shards = ShardSet.open(recipe.data.shards)
     model, network = _model(recipe)
     check_data(model, network, shards)
-    _teacher(recipe.teacher, torch.device("cpu"))
+    _teacher(recipe.teacher, shards, torch.device("cpu"))
 
 
 def make_network(settings: dict[str, Any]) -> nn.Module:
@@ -101,15 +103,11 @@ def load_model(folder: Path, *, weights: str = "ema") -> nn.Module:
 
     Raises ConfigError where the folder is no run, CheckpointError where it has no checkpoint yet.
     """
-    file = folder / "network.json"
-    if not file.is_file():
-        raise ConfigError(
-            f"{folder} is no run folder (no network.json); give the folder that `driftmap train` made"
-        )
+    network = _network(folder)
     checkpoint = newest(folder)
     if checkpoint is None:
         raise CheckpointError(f"{folder} has no checkpoint yet; train it first")
-    model = make_network(json.loads(file.read_text()))
+    model = make_network(network)
     load_weights(model, checkpoint.weights(weights), source=checkpoint.folder)
     return model.eval().requires_grad_(False)
 
@@ -123,18 +121,27 @@ def guided(model: FlowMap, scale: float, *, interval: tuple[float, float] = (0.0
     return Guided(model, scale, null_condition=model.null_condition, interval=interval)
 
 
+def _network(folder: Path) -> dict[str, Any]:
+    """Return the settings of a run's network."""
+    file = folder / "network.json"
+    if not file.is_file():
+        raise ConfigError(
+            f"{folder} is no run folder (no network.json); give the folder that `driftmap train` made"
+        )
+    return json.loads(file.read_text())
+
+
 def _model(recipe: Recipe) -> tuple[nn.Module, dict[str, Any]]:
     """Return the model to train and its network's settings."""
     if "from_run" in recipe.model:
         source = Path(recipe.model["from_run"])
-        model = load_model(source).train().requires_grad_(True)
-        return model, json.loads((source / "network.json").read_text())
+        return load_model(source).train().requires_grad_(True), _network(source)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         return make_network(recipe.model), recipe.model
 
 
-def _teacher(section: TeacherSection | None, device: torch.device) -> Velocity | None:
+def _teacher(section: TeacherSection | None, shards: ShardSet, device: torch.device) -> Velocity | None:
     if section is None:
         return None
     model = load_model(section.run, weights=section.weights).to(device)
@@ -142,36 +149,56 @@ def _teacher(section: TeacherSection | None, device: torch.device) -> Velocity |
         raise ConfigError(
             f"teacher.run: {section.run} holds an autoencoder, expected a flow map or a velocity network"
         )
+    check_data(model, _network(section.run), shards, name=f"the teacher {section.run}")
     return guided(model, section.guidance, interval=section.guidance_interval)
 
 
-def check_data(model: nn.Module, network: dict[str, Any], shards: ShardSet) -> None:
-    """Raise ConfigError where the samples' classes do not fit the network."""
+def check_data(
+    model: nn.Module, network: dict[str, Any], shards: ShardSet, *, name: str = "the model"
+) -> None:
+    """Raise ConfigError where samples or classes do not fit a network; messages call it `name`."""
+    first = next(ordered(shards, 1))
+    shape = tuple(first["mean" if "mean" in first else "data"].shape[1:])
+    channels = network.get("in_channels", network.get("channels"))
+    if isinstance(model, FlowMap):
+        fits, expected = shape == model.sample_shape, model.sample_shape
+    else:
+        fits, expected = channels is None or (len(shape), shape[0]) == (3, channels), f"({channels}, H, W)"
+    if not fits:
+        raise ConfigError(
+            f"{name} takes samples of shape {expected}, but {Reader(shards, extensions=()).read(0).name} in "
+            f"{shards.folder} has shape {shape}; change the model section to fit, or give other data.shards"
+        )
     num_classes = network.get("num_classes", 0)
     if num_classes and not shards.labels:
         raise ConfigError(
-            f"model.num_classes is {num_classes}, but {shards.folder} holds no class labels (.cls)"
+            f"{name} has num_classes {num_classes}, but {shards.folder} holds no class labels (.cls); "
+            "set it to 0, or give data.shards with labels"
         )
-    if num_classes and max(shards.labels) >= num_classes:
+    outside = [label for label in shards.labels if num_classes and not 0 <= label < num_classes]
+    if outside:
         raise ConfigError(
-            f"model.num_classes is {num_classes}, but {shards.folder} holds the class {max(shards.labels)}; "
-            f"set it to {max(shards.labels) + 1} or more"
+            f"{name} has num_classes {num_classes}, but {shards.folder} holds the class {outside[-1]}; "
+            f"classes are counted from 0, so set it to {max(shards.labels) + 1} or more"
         )
 
 
-def _write_run_files(recipe: Recipe, network: dict[str, Any], folder: Path) -> None:
-    """Write what a run is, refusing a folder that holds a run of another recipe."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _check_recipe(recipe: Recipe, folder: Path) -> None:
+    """Raise ConfigError where a folder holds a run of another recipe."""
     file = folder / "recipe.yaml"
-    settings = resolved(recipe)
     if file.exists():
-        differences = _differences(yaml.safe_load(file.read_text()), settings)
+        differences = _differences(yaml.safe_load(file.read_text()), resolved(recipe))
         if differences:
             raise ConfigError(
                 f"{folder} holds a run of another recipe: {'; '.join(differences)}. "
                 "Give the same settings to go on, or another --out for a new run"
             )
-    write_atomically(file, yaml.safe_dump(settings, sort_keys=False).encode())
+
+
+def _write_run_files(recipe: Recipe, network: dict[str, Any], folder: Path) -> None:
+    """Write what a run is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "recipe.yaml", yaml.safe_dump(resolved(recipe), sort_keys=False).encode())
     write_atomically(folder / "network.json", json.dumps(network, indent=1).encode())
     write_atomically(folder / "versions.json", json.dumps(versions(), indent=1).encode())
 

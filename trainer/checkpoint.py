@@ -23,8 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .log import warn
 from .loop import Run
 
+FILES = {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"}
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -46,30 +48,42 @@ class Checkpoint:
 
 def save(run: Run) -> Path:
     """Write the run's checkpoint of its present step and prune old ones; return its folder."""
+    return run.strategy.first(lambda: _save(run))
+
+
+def _save(run: Run) -> Path:
     root = run.folder / "checkpoints"
     final = root / f"step-{run.step:08d}"
-    if run.strategy.rank == 0 and not final.exists():
-        aside = root / f"step-{run.step:08d}.tmp"
-        try:
-            _write(run, aside)
-            os.rename(aside, final)
-            _sync(root)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            kept = ", ".join(folder.name for folder in folders(run.folder)) or "none"
-            raise CheckpointError(
-                f"cannot save {final}: {error}; checkpoints on disk stay intact ({kept}). "
-                "Make room or mend the folder, then give the same command: the run goes on from the last one"
-            ) from error
-        for old in folders(run.folder)[: -run.recipe.training.keep]:
-            shutil.rmtree(old)
-    run.strategy.accelerator.wait_for_everyone()
+    aside = final.with_suffix(".tmp")
+    for leftover in root.glob("step-????????.*"):  # of a process that was killed
+        shutil.rmtree(leftover)
+    try:
+        _write(run, aside)
+        if final.exists():  # it is damaged, or the run would have gone on from it
+            _remove(final)
+        os.rename(aside, final)
+        _sync(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        kept = ", ".join(folder.name for folder in folders(run.folder)) or "none"
+        raise CheckpointError(
+            f"cannot save {final}: {error}; checkpoints on disk stay intact ({kept}). "
+            "Make room or mend the folder, then give the same command: the run goes on from the last one"
+        ) from error
+    for old in folders(run.folder)[: -run.recipe.training.keep]:
+        _remove(old)
     return final
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint under another name, so that no half of it is ever taken for one."""
+    removed = folder.with_suffix(".removed")
+    os.rename(folder, removed)
+    shutil.rmtree(removed)
 
 
 def _write(run: Run, folder: Path) -> None:
     """Write all files of a checkpoint into a new folder and sync them."""
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     save_file(_contiguous(run.model.state_dict()), folder / "model.safetensors")
     save_file(_contiguous(run.ema.weights), folder / "ema.safetensors")
@@ -120,8 +134,8 @@ def newest(run_folder: Path) -> Checkpoint | None:
     for folder in reversed(folders(run_folder)):
         problem = verify(folder)
         if problem is None:
-            if problems:
-                print("\n".join(f"warning: skipped a damaged checkpoint: {text}" for text in problems))
+            for text in problems:
+                warn(f"skipped a damaged checkpoint: {text}; using {folder.name}")
             return Checkpoint(folder, json.loads((folder / "state.json").read_text()))
         problems.append(problem)
     if problems:
@@ -137,11 +151,17 @@ def verify(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint folder, or None if every file has its size and hash."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
+        if not isinstance(manifest, dict) or manifest.keys() != FILES:
+            return f"{folder / 'manifest.json'}: it does not list {', '.join(sorted(FILES))}"
         for name, digest in manifest.items():
             if _digest(folder / name) != digest:
                 return f"{folder / name}: the contents differ from the manifest"
-    except (OSError, json.JSONDecodeError) as error:
+    except FileNotFoundError as error:
+        return f"{error.filename}: the file is missing"
+    except OSError as error:
         return f"{folder}: {error}"
+    except ValueError as error:  # no JSON, or no text at all
+        return f"{folder / 'manifest.json'}: it is no JSON ({error})"
     return None
 
 

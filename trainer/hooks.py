@@ -1,6 +1,7 @@
 """Hooks: callables `(run, losses)`, called in order after every micro step; each decides if it is due."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -20,8 +21,7 @@ def update_ema(run: Run, losses: dict[str, Tensor]) -> None:
 
 def save_checkpoint(run: Run, losses: dict[str, Tensor]) -> None:
     """Save when a period ends, at the last step, and where a stop was asked."""
-    due = run.step % run.recipe.training.save_every == 0 or run.finished
-    if run.strategy.stepped and (due or run.stop_asked):
+    if run.strategy.stepped and run.save_due:
         save(run)
 
 
@@ -29,10 +29,13 @@ def save_checkpoint(run: Run, losses: dict[str, Tensor]) -> None:
 def stop_at_signals(run: Run) -> Iterator[Hook]:
     """Yield a hook that ends the run after the step in which SIGINT or SIGTERM came to any process.
 
-    A second signal interrupts at once, as usual.
+    A second signal interrupts at once, as usual. Outside the main thread, where Python allows no handlers,
+    signals do what they did before.
     """
     received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+    before = {number: signal.getsignal(number) for number in numbers}
 
     def remember(number: int, frame: FrameType | None) -> None:
         received.append(number)

@@ -1,16 +1,27 @@
-"""What a run tells: means over all samples since the last line, as JSONL and for TensorBoard."""
+"""What a run tells: means over all samples since the last line, as JSONL and for TensorBoard; warnings.
+
+A line is written wherever a run can go on from, too: no sample is left out of the log of a run that was
+stopped, and nothing is saved that is not finite.
+"""
 
 import json
-import math
+import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+
+# protobuf makes these classes when it is imported, which no type checker sees.
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from .loop import Run
+from .strategy import DataParallel
 
 NUM_TIME_BINS = 5
 
@@ -40,32 +51,38 @@ class Means:
         else:
             self._sums[name], self._counts[name] = total.clone(), count.clone()
 
-    def take(self) -> dict[str, float]:
-        """Return the means and begin again; what met no sample is left out."""
-        values: dict[str, float] = {}
-        for name, total in self._sums.items():
-            means = total / self._counts[name]
-            numbered = {name: means.item()} if means.dim() == 0 else _numbered(name, means)
-            values |= {key: mean for key, mean in numbered.items() if not math.isnan(mean)}
+    def take(self, strategy: DataParallel) -> dict[str, float]:
+        """Return the means over all processes and begin again; what met no sample is left out."""
+        names = [
+            name if total.dim() == 0 else f"{name}{number}"
+            for name, total in self._sums.items()
+            for number in range(total.numel())
+        ]
+        sums = torch.cat([total.reshape(-1) for total in self._sums.values()])
+        counts = torch.cat([count.reshape(-1) for count in self._counts.values()])
+        sums, counts = strategy.total(torch.stack([sums, counts.double()])).tolist()
         self._sums, self._counts = {}, {}
-        return values
-
-
-def _numbered(name: str, values: Tensor) -> dict[str, float]:
-    return {f"{name}{number}": value for number, value in enumerate(values.tolist())}
+        return {name: total / count for name, total, count in zip(names, sums, counts, strict=True) if count}
 
 
 class Journal:
-    """A hook that writes a line every `log_every` steps: losses, rates, gradient norm, waiting for data."""
+    """A hook that writes a line every `log_every` steps: losses, rates, gradient norm, waiting for data.
+
+    Every process takes part; the first one writes, and tells how long it waited itself.
+    """
 
     def __init__(self, run: Run) -> None:
-        run.folder.mkdir(parents=True, exist_ok=True)
         self.file = run.folder / "log.jsonl"
-        self.board = SummaryWriter(str(run.folder / "tensorboard"))
+        self.board: Board | None = None
         self.means = Means()
         self.started = time.monotonic()
         self._mark(run)
+        run.strategy.first(lambda: self._open(run))
+
+    def _open(self, run: Run) -> None:
+        run.folder.mkdir(parents=True, exist_ok=True)
         _end_last_line(self.file)
+        self.board = Board(run.folder / "tensorboard", step=run.step)
 
     def _mark(self, run: Run) -> None:
         self.since, self.step, self.waited_s = time.monotonic(), run.step, run.batches.wait_s
@@ -73,12 +90,12 @@ class Journal:
     def __call__(self, run: Run, losses: dict[str, Tensor]) -> None:
         """Count the losses; write them where a line is due."""
         self.means.add(losses)
-        if run.strategy.stepped and (run.step % run.recipe.training.log_every == 0 or run.finished):
-            self._write(run)
+        if run.strategy.stepped and (run.step % run.recipe.training.log_every == 0 or run.save_due):
+            self._tell(run)
 
-    def _write(self, run: Run) -> None:
+    def _tell(self, run: Run) -> None:
         elapsed = time.monotonic() - self.since
-        values: dict[str, Any] = self.means.take()
+        values: dict[str, Any] = self.means.take(run.strategy)
         assert run.strategy.grad_norm is not None
         values |= {
             "grad_norm": run.strategy.grad_norm.item(),
@@ -88,19 +105,60 @@ class Journal:
             "time_s": time.monotonic() - self.started,
         }
         self._mark(run)
-        if run.strategy.rank == 0:
-            with self.file.open("a") as stream:
-                stream.write(json.dumps({"step": run.step, "samples": run.samples, **values}) + "\n")
-            for name, value in values.items():
-                self.board.add_scalar(name, value, run.step)
+        run.strategy.first(lambda: self._write(run, values))
         run.latest = values
         if not torch.isfinite(torch.tensor([values["loss"], values["grad_norm"]])).all():
-            keys = ", ".join(run.batches.keys_of(torch.arange(run.samples - 8, run.samples)))
+            keys = ", ".join(run.batches.keys_of(torch.arange(max(0, run.samples - 8), run.samples)))
             raise FloatingPointError(
                 f"loss {values['loss']} and gradient norm {values['grad_norm']} at step {run.step} are not "
                 f"finite (last samples: {keys}). Checkpoints on disk are intact; "
                 "lower optimizer.lr, or set optimizer.clip_norm"
             )
+
+    def _write(self, run: Run, values: dict[str, Any]) -> None:
+        try:
+            with self.file.open("a") as stream:
+                stream.write(json.dumps({"step": run.step, "samples": run.samples, **values}) + "\n")
+            if self.board is not None:
+                self.board.add(values, step=run.step)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot write {self.file}: {error.strerror}; checkpoints on disk are intact. "
+                "Make room or mend the folder, then give the same command: the run goes on from the last one",
+            ) from error
+
+
+class Board:
+    """Values for TensorBoard: an event file of this process.
+
+    TensorBoard's own writer writes in a thread, whose failure (a full disk) would not reach us.
+    """
+
+    def __init__(self, folder: Path, *, step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self.file = folder / name
+        self._write(Event(file_version="brain.Event:2"))
+        # What a killed process told beyond its last checkpoint is told again: TensorBoard forgets it here.
+        self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, values: dict[str, float], *, step: int) -> None:
+        """Write the values of a step."""
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(Event(step=step, summary=Summary(value=scalars)))
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        with self.file.open("ab") as stream:
+            RecordWriter(stream).write(event.SerializeToString())
+
+
+def warn(text: str) -> None:
+    """Tell a person on stderr what is not right but does not stop the work."""
+    Console(stderr=True).print(
+        f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True
+    )
 
 
 def _end_last_line(file: Path) -> None:

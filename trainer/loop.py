@@ -65,6 +65,11 @@ class Run:
         return self.step >= self.recipe.training.steps
 
     @property
+    def save_due(self) -> bool:
+        """Whether the step just done is one to go on from: a period ends, the last step, a stop was asked."""
+        return self.finished or self.stop_asked or self.step % self.recipe.training.save_every == 0
+
+    @property
     def samples(self) -> int:
         """Samples seen by all processes so far: the position in the data stream."""
         return self.step * self.recipe.data.batch_size
