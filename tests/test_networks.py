@@ -106,9 +106,9 @@ def test_the_forward_mode_derivative_and_its_gradient_are_those_of_a_central_dif
     for how in ("forward", "finite_difference"):
         value, slope = time_derivative(mean_velocity, t, how=how)
         gradients = torch.autograd.grad((value * slope).sum(), list(found.parameters()), allow_unused=True)
-        parts.append((value, slope, [g for g in gradients if g is not None]))
-    for exact, quotient in zip(*parts, strict=True):
-        torch.testing.assert_close(exact, quotient, rtol=1e-5, atol=1e-6)
+        parts.append([value, slope, *(g for g in gradients if g is not None)])
+    for one, other in zip(*parts, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()  # step^2 / 6 times frequencies of 100, squared
     assert parts[0][1].abs().max() > 1e-2
 
 
