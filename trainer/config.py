@@ -110,6 +110,14 @@ def checked(kind: type, settings: Any, *, place: str) -> Any:
         raise ConfigError("\n".join(_message(entry, kind, place) for entry in error.errors())) from error
 
 
+def refuse_unknown_keys(kind: type, settings: dict[str, Any], *, place: str) -> None:
+    """Raise ConfigError at keys that a class does not take: a user's plain dataclass would ignore them."""
+    known = inspect.signature(kind).parameters
+    unknown = [f"{place}.{key}: no such key{nearest(key, known)}" for key in settings if key not in known]
+    if unknown:
+        raise ConfigError("\n".join(unknown))
+
+
 def _message(entry: Any, kind: type, place: str) -> str:
     """Return one mistake as a sentence."""
     *sections, last = [str(part) for part in entry["loc"]] or [""]
@@ -117,6 +125,8 @@ def _message(entry: Any, kind: type, place: str) -> str:
     dotted = ".".join(part for part in [place, *path, last] if part) or "the config"
     if entry["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{dotted}: no such key{nearest(last, keys)}"
+    if entry["type"] == "union_tag_not_found":
+        return f"{dotted}.name: missing; this key is required"
     if entry["type"] in ("missing", "missing_argument"):
         return f"{dotted}: missing; this key is required"
     if entry["type"] == "union_tag_invalid":
@@ -164,7 +174,7 @@ def plugin_class(package: str, name: str, *, place: str) -> type:
         raise ConfigError(f"{place}.name: no such name {name!r}{nearest(name, plugin_names(package))}")
     try:
         module = importlib.import_module(module_name if colon else f"{package}.{name}")
-    except ModuleNotFoundError as error:
+    except (ModuleNotFoundError, ValueError) as error:
         raise ConfigError(f"{place}.name: cannot import {name!r}: {error}") from error
     wanted = (class_name or name.replace("_", "")).lower()
     for attribute, value in vars(module).items():

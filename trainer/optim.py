@@ -9,7 +9,7 @@ from .recipe import OptimizerSection
 
 
 def learning_rate(section: OptimizerSection, step: int, *, num_steps: int) -> float:
-    """Return the learning rate of `step` in 0 .. num_steps - 1; a decay reaches 0 where the last step ends."""
+    """Return the learning rate of `step` in 0 .. num_steps - 1; decays reach 0 where the last step ends."""
     if step < section.warmup_steps:
         return section.lr * (step + 1) / section.warmup_steps
     done = (step - section.warmup_steps) / max(1, num_steps - section.warmup_steps)

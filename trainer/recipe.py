@@ -9,7 +9,15 @@ from pydantic.dataclasses import dataclass
 
 from ..models import backbones
 from . import objectives
-from .config import ConfigError, checked, checked_arguments, plugin_class, plugin_names, split_name
+from .config import (
+    ConfigError,
+    checked,
+    checked_arguments,
+    plugin_class,
+    plugin_names,
+    refuse_unknown_keys,
+    split_name,
+)
 from .objective import STRICT, Objective
 
 OBJECTIVES = objectives.__name__
@@ -88,7 +96,9 @@ def recipe_from(settings: dict[str, Any]) -> Recipe:
     """Return the checked recipe of a config's settings; the objective is ready to be called."""
     recipe = checked(Recipe, settings, place="")
     name, arguments = split_name(recipe.objective, place="objective")
-    objective = checked(plugin_class(OBJECTIVES, name, place="objective"), arguments, place="objective")
+    kind = plugin_class(OBJECTIVES, name, place="objective")
+    refuse_unknown_keys(kind, arguments, place="objective")
+    objective = checked(kind, arguments, place="objective")
     recipe = replace(recipe, objective=objective, model=_checked_model(recipe.model))
     check_across_sections(recipe)
     return recipe
