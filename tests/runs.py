@@ -8,6 +8,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -58,7 +59,7 @@ class Command:
     def refused(self):
         """Wait for the end, assert that it is one clear message, and return the message."""
         assert self.ended() == 2, f"{self.process.exitcode}\n{self.stdout}\n{self.stderr}"
-        assert self.stderr.startswith("error: ") and self.stderr.count("error: ") == 1, self.stderr
+        assert [match.start() for match in re.finditer("^error: ", self.stderr, re.M)] == [0], self.stderr
         assert "Traceback" not in self.stderr + self.stdout, self.stderr
         return self.stderr.removeprefix("error: ").strip()
 
@@ -132,8 +133,12 @@ def tree(folder: Path) -> dict[str, str]:
     return {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != "log.jsonl" and file.parent.name not in ("tensorboard", "logs")
+        if file.is_file() and not _is_log(file)
     }
+
+
+def _is_log(file: Path) -> bool:
+    return file.name == "log.jsonl" or file.parent.name == "tensorboard" or file.parent.suffix == ".logs"
 
 
 def wait_until(condition: Callable[[], object]) -> None:

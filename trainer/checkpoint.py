@@ -99,6 +99,8 @@ def _write(run: Run, folder: Path) -> None:
     manifest = {file.name: _digest(file) for file in sorted(folder.iterdir())}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
     for file in folder.iterdir():
+        # safetensors (0.8) lets nobody but the owner read; what others may read is for the umask to say.
+        file.chmod((folder / "state.json").stat().st_mode)
         _sync(file)
     _sync(folder)
 

@@ -4,6 +4,7 @@ A line is written wherever a run can go on from, too: no sample is left out of t
 stopped, and nothing is saved that is not finite.
 """
 
+import io
 import json
 import os
 import socket
@@ -116,17 +117,10 @@ class Journal:
             )
 
     def _write(self, run: Run, values: dict[str, Any]) -> None:
-        try:
-            with self.file.open("a") as stream:
-                stream.write(json.dumps({"step": run.step, "samples": run.samples, **values}) + "\n")
-            if self.board is not None:
-                self.board.add(values, step=run.step)
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"cannot write {self.file}: {error.strerror}; checkpoints on disk are intact. "
-                "Make room or mend the folder, then give the same command: the run goes on from the last one",
-            ) from error
+        line = json.dumps({"step": run.step, "samples": run.samples, **values})
+        _append(self.file, f"{line}\n".encode())
+        assert self.board is not None
+        self.board.add(values, step=run.step)
 
 
 class Board:
@@ -150,8 +144,22 @@ class Board:
 
     def _write(self, event: Event) -> None:
         event.wall_time = time.time()
-        with self.file.open("ab") as stream:
-            RecordWriter(stream).write(event.SerializeToString())
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        _append(self.file, record.getvalue())
+
+
+def _append(file: Path, data: bytes) -> None:
+    """Append to a file; an OSError says what is intact and what to do."""
+    try:
+        with file.open("ab") as stream:
+            stream.write(data)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot write {file}: {error.strerror}; checkpoints on disk are intact. "
+            "Make room or mend the folder, then give the same command: the run goes on from the last one",
+        ) from error
 
 
 def warn(text: str) -> None:
