@@ -22,6 +22,17 @@ from ..trainer.evaluate import Judge, evaluate, pictures_of, sample_noise
 from ..trainer.report import grid
 
 GRID_PICTURES, GRID_COLUMNS = 40, 10
+COLUMNS = {
+    "model": "model",
+    "sampler": "sampler",
+    "nfe": "nfe",
+    "Fréchet": "frechet",
+    "ratio": "ratio",
+    "kernel": "kernel",
+    "end point": "endpoint_error",
+    "accuracy": "class_accuracy",
+    "s/sample": "seconds_per_sample",
+}  # of the printed table; evaluation.json has more
 
 
 @dataclass(frozen=True)
@@ -116,10 +127,11 @@ def write_grid(file: Path, pictures: torch.Tensor) -> None:
 def print_evaluation(evaluation: dict[str, Any], console: Console) -> None:
     """Print the table, its floor, and whether the metric sees."""
     table = Table(title=f"Fréchet distance on {evaluation['features']}, {evaluation['num_samples']} samples")
-    for name in evaluation["rows"][0]:
-        table.add_column(name.replace("_", " "), justify="left" if name in ("model", "sampler") else "right")
+    for heading in COLUMNS:
+        table.add_column(heading, justify="left" if heading in ("model", "sampler") else "right")
     for row in evaluation["rows"]:
-        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+        cells = (row[name] for name in COLUMNS.values())
+        table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells))
     console.print(table)
     floor = evaluation["floor"]
     console.print(
@@ -128,7 +140,7 @@ def print_evaluation(evaluation: dict[str, Any], console: Console) -> None:
     )
     if not evaluation["sees"]:
         console.print(
-            "BLIND: this metric does not tell the teacher's one step from its many; its ratios mean nothing"
+            "BLIND: this metric does not tell the teacher's one step from its many; ratios mean nothing"
         )
 
 

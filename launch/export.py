@@ -31,6 +31,8 @@ from ..trainer.config import ConfigError
 from ..trainer.encode import autoencoder_of
 from ..trainer.evaluate import sample_noise
 
+TOLERANCE = 1e-5  # of latents of unit variance
+
 _LOAD_AND_SAMPLE = """
 import sys
 sys.modules["driftmap"] = None  # an import of driftmap fails from here on
@@ -97,6 +99,8 @@ def _write(folder: Path, backbone: ModelMixin, vae: AutoencoderKL | None, classe
 def check_export(folder: Path, run: Path, *, num_samples: int = 8, steps: int = 4, seed: int = 0) -> float:
     """Return the largest difference between the trainer's samples and those of the folder in a fresh process.
 
+    Raises ValueError if it is above TOLERANCE.
+
     The process cannot import driftmap. Latents are compared; pictures follow from them by the same
     autoencoder.
     """
@@ -118,4 +122,9 @@ def check_export(folder: Path, run: Path, *, num_samples: int = 8, steps: int = 
         if done.returncode:
             raise RuntimeError(f"{folder} does not load in a fresh process:\n{done.stderr}")
         theirs = load_file(outputs)["latents"]
-    return (ours - theirs).abs().max().item()
+    difference = (ours - theirs).abs().max().item()
+    if difference > TOLERANCE:
+        raise ValueError(
+            f"{folder} gives other samples than {run}: they differ by {difference:.1e}; export it again"
+        )
+    return difference

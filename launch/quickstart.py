@@ -29,8 +29,10 @@ def recipe_named(name: str, overrides: list[str]) -> Recipe:
         return recipe_from(read_config(file, overrides))
 
 
-def quickstart(out: Path, *, rule: str = "semigroup", overrides: list[str] | None = None) -> None:
-    """Run the whole line in `out`; `rule` names the flow-map recipe, overrides go to every recipe.
+def quickstart(
+    out: Path, *, rule: str = "semigroup", overrides: list[str] | None = None, num_samples: int = 1000
+) -> None:
+    """Run the whole line in `out`; `rule` names the flow-map recipe; overrides go to every recipe.
 
     Raises KeyboardInterrupt when a stage was stopped by a signal; its run is saved by then.
     """
@@ -52,7 +54,7 @@ def quickstart(out: Path, *, rule: str = "semigroup", overrides: list[str] | Non
     recipe, folder = f"quickstart-flow-map-{rule}", out / f"flow-map-{rule}"
     _stage(f"4. flow map, {rule} rule", recipe, folder, latents, teacher, start, *extra)
     console.rule("5. evaluation")
-    request = EvaluationRequest(run=folder, features=out / "classifier", held_out=out / "held-out")
+    request = EvaluationRequest(folder, out / "classifier", out / "held-out", num_samples=num_samples)
     evaluation = evaluate_run(request, out / "evaluation.json")
     print_evaluation(evaluation, console)
     console.rule("6. report")

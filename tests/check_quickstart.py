@@ -1,8 +1,8 @@
 """Hold a finished quickstart to what the README says of it: `python tests/check_quickstart.py DIR`.
 
 The metric must see: the teacher's one step is at least twice as far from held-out pictures as its many steps.
-Then the student's four evaluations stay within 1.25 of the teacher's many, its one is at most half as far as the
-teacher's one, and more evaluations do not make it worse.
+Then the student's four evaluations stay within 1.25 of the teacher's many, its one is at most half as far as
+the teacher's one, and more evaluations do not make it worse.
 """
 
 import json

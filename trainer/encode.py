@@ -10,12 +10,12 @@ from diffusers import AutoencoderKL
 
 from ..data.batch import ordered
 from ..data.encode import encode_shards
-from ..data.shards import ShardSet
+from ..data.shards import CARD, ShardSet
 from ..models.autoencoder import encode_moments, fingerprint
 from .build import load_model
 from .config import ConfigError
 
-STATISTICS_SAMPLES = 4096
+STATISTICS_SAMPLES = 2048
 
 
 def encode_latents(
@@ -23,10 +23,17 @@ def encode_latents(
 ) -> ShardSet:
     """Encode pictures by the autoencoder of a run and return the latent shard set.
 
-    The set's card says how latents get zero mean and unit variance, (z - shift_factor) * scaling_factor,
+    A complete set of the same pictures and autoencoder is left alone. The set's card says how latents get zero mean and unit variance, (z - shift_factor) * scaling_factor,
     measured on the first samples, and which autoencoder made them.
     """
     model = load_autoencoder(autoencoder)
+    if (out / CARD).is_file():
+        made = ShardSet.open(out)
+        if (made.info.get("encoder"), made.info.get("encoded_from")) == (
+            fingerprint(model),
+            source.fingerprint,
+        ):
+            return made
     info = {**source.info, "encoder": fingerprint(model), "latents": latent_statistics(model, source)}
     info["latents"]["autoencoder"] = str(autoencoder)
     return encode_shards(

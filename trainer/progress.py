@@ -10,7 +10,6 @@ from rich.progress import (
     ProgressColumn,
     Task,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.text import Text
@@ -30,11 +29,10 @@ def progress(name: str, total: int, *, unit: str, done: int = 0) -> Iterator[Cal
     """Yield a function `(done, note="")` that moves a bar named `name` towards `total`."""
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TextColumn(unit),
         RateColumn(),
-        TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
