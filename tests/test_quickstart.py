@@ -40,7 +40,7 @@ def test_the_evaluation_has_a_row_for_every_model_and_number_of_evaluations(line
 
 
 def test_teacher_and_student_start_from_the_same_noise(line):
-    """At three steps of training a student is its teacher, nearly: one jump ends where one Euler step does."""
+    """After three steps a student nearly is its teacher: one jump ends where one Euler step does."""
     rows = {
         (row["model"], row["nfe"]): row for row in json.loads((line / "evaluation.json").read_text())["rows"]
     }

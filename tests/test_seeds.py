@@ -14,7 +14,7 @@ NORMALS = Random(0, torch.arange(MANY // 8)).normal("noise", (8,))
 
 def words(*values: int) -> tuple[Tensor, Tensor]:
     """Return two words."""
-    return torch.tensor(values[0]), torch.tensor(values[1])
+    return torch.tensor(values[0]).to(torch.int32), torch.tensor(values[1]).to(torch.int32)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def words(*values: int) -> tuple[Tensor, Tensor]:
 def test_threefry_gives_its_authors_known_answers(key, counter, expected) -> None:
     """Source: the file kat_vectors of Random123, threefry 2x32 with 20 rounds."""
     found = threefry(words(*key), words(*counter))
-    assert (found[0].item(), found[1].item()) == expected
+    assert (found[0].item() & 0xFFFFFFFF, found[1].item() & 0xFFFFFFFF) == expected
 
 
 def test_the_streams_of_released_versions_do_not_change() -> None:

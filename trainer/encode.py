@@ -23,8 +23,9 @@ def encode_latents(
 ) -> ShardSet:
     """Encode pictures by the autoencoder of a run and return the latent shard set.
 
-    A complete set of the same pictures and autoencoder is left alone. The set's card says how latents get zero mean and unit variance, (z - shift_factor) * scaling_factor,
-    measured on the first samples, and which autoencoder made them.
+    A complete set of the same pictures and autoencoder is left alone. The set's card says which autoencoder
+    made it and how latents get zero mean and unit variance, (z - shift_factor) * scaling_factor, measured on
+    the first samples.
     """
     model = load_autoencoder(autoencoder)
     if (out / CARD).is_file():

@@ -19,23 +19,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_MASK = 0xFFFFFFFF
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
 
 
 def threefry(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return two words for two key words and two counter words: int64 tensors of 32-bit values, broadcast."""
+    """Return two words for two key words and two counter words: int32 tensors, broadcast, whose sums wrap."""
     schedule = (key[0], key[1], key[0] ^ key[1] ^ _PARITY)
-    left = (counter[0] + schedule[0]) & _MASK
-    right = (counter[1] + schedule[1]) & _MASK
+    left, right = torch.broadcast_tensors(counter[0] + schedule[0], counter[1] + schedule[1])
     for group in range(5):
         for rotation in _ROTATIONS[group % 2]:
-            left = (left + right) & _MASK
-            right = ((right << rotation) & _MASK | (right >> (32 - rotation))) ^ left
-        left = (left + schedule[(group + 1) % 3]) & _MASK
-        right = (right + schedule[(group + 2) % 3] + group + 1) & _MASK
+            left = left + right
+            low = (right >> (32 - rotation)).bitwise_and_((1 << rotation) - 1)  # >> drags the sign along
+            right = (right << rotation).bitwise_or_(low).bitwise_xor_(left)
+        left = left + schedule[(group + 1) % 3]
+        right = right + schedule[(group + 2) % 3] + (group + 1)
     return left, right
+
+
+def _words(number: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the lower and the upper 32 bits of int64 numbers as int32."""
+    return number.to(torch.int32), (number >> 32).to(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,10 @@ class Random:
 
     def _uniforms(self, purpose: str, count: int) -> tuple[Tensor, Tensor]:
         """Return two tensors (B, count) of uniform numbers in (0, 1)."""
-        digest = int.from_bytes(hashlib.sha256(f"{self.seed}/{purpose}".encode()).digest()[:8], "little")
-        words = torch.tensor([digest & _MASK, digest >> 32], device=self.index.device)
-        key = threefry((words[0], words[1]), (self.index & _MASK, self.index >> 32))
-        numbers = torch.arange(count, device=self.index.device)
+        digest = hashlib.sha256(f"{self.seed}/{purpose}".encode()).digest()[:8]
+        stream = torch.tensor(int.from_bytes(digest, "little", signed=True), device=self.index.device)
+        key = threefry(_words(stream), _words(self.index))
+        numbers = torch.arange(count, dtype=torch.int32, device=self.index.device)
         left, right = threefry((key[0][:, None], key[1][:, None]), (numbers, torch.zeros_like(numbers)))
         return _unit(left), _unit(right)
 
@@ -69,4 +73,4 @@ class Random:
 
 def _unit(word: Tensor) -> Tensor:
     """Return the upper 23 bits of a word as the middle of one of 2^23 cells of (0, 1), exact in float32."""
-    return ((word >> 9).float() + 0.5) * 2.0**-23
+    return ((word >> 9).bitwise_and_(0x7FFFFF).float() + 0.5) * 2.0**-23
