@@ -68,7 +68,7 @@ def make_evaluation(path: Path) -> Path:
         for model, ratios in measured.items()
         for nfe, ratio in ratios.items()
     ]
-    evaluation = {"features": "small classifier", "num_samples": 10000, "many_steps": 50, "rows": rows}
+    evaluation = {"features": "small classifier", "num_samples": 10000, "many_nfe": 50, "rows": rows}
     evaluation |= {"floor": {"self": 1.1, "reconstruction": 2.05}, "guidance": 1.5, "seed": 3}
     evaluation |= {"autoencoder": "our own, 4 channels", "reference": "held-out split"}
     path.write_text(json.dumps(evaluation))
@@ -103,7 +103,7 @@ def test_the_table_puts_teacher_and_student_of_one_number_of_evaluations_side_by
 
 
 def test_the_sentence_on_top_names_the_fewest_evaluations_that_are_nearly_the_best(page: Path):
-    sentence = "In 4 evaluations the student reaches 1.08 times the teacher&#39;s 50-step Fréchet distance"
+    sentence = "In 4 evaluations the student reaches 1.08 times the teacher&#39;s Fréchet distance in 50"
     assert f"{sentence}; the teacher itself in 4: 2.31." in page.read_text()
 
 

@@ -172,7 +172,7 @@ def _summary(judge: Judge, rows: list[Row], floor: dict[str, float], many: int) 
     return {
         "features": judge.features_name,
         "num_samples": len(judge.held_out),
-        "many_steps": many,
+        "many_nfe": many,
         "floor": floor,
         "sees": single.ratio >= 2,
         "autoencoder": fingerprint(judge.autoencoder),

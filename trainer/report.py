@@ -175,8 +175,8 @@ def headline(evaluation: dict[str, Any]) -> str:
     if not student or evaluation.get("sees") is False:
         return ""
     nfe = min(nfe for nfe, ratio in student.items() if ratio <= 1.05 * min(student.values()))
-    steps = evaluation.get("many_steps", "many")
-    reached = f"the student reaches {student[nfe]:.2f} times the teacher's {steps}-step Fréchet distance"
+    many = evaluation.get("many_nfe", "many")
+    reached = f"the student reaches {student[nfe]:.2f} times the teacher's Fréchet distance in {many}"
     ending = f"; the teacher itself in {nfe}: {teacher[nfe]:.2f}." if nfe in teacher else "."
     return f"In {nfe} evaluation{'s' * (nfe != 1)} {reached}{ending}"
 
