@@ -256,3 +256,7 @@ def _print_shards(shards: Any) -> None:
         f"{shards.folder}: {shards.num_samples} samples in {len(shards.shards)} shards, "
         f"members {', '.join(shards.extensions)}, fingerprint {shards.fingerprint[:12]}"
     )
+
+
+if __name__ == "__main__":
+    main()
