@@ -1,6 +1,4 @@
-"""Pictures to latents and back, by a KL autoencoder: moments, the scale of latents, a fingerprint."""
-
-import hashlib
+"""Pictures to latents and back, by a KL autoencoder: moments, and the scale of latents."""
 
 import torch
 from diffusers import AutoencoderKL
@@ -36,12 +34,3 @@ def decode_latents(autoencoder: AutoencoderKL, latents: Tensor, *, batch_size: i
 def scale_and_shift(autoencoder: AutoencoderKL) -> tuple[float, float]:
     """Return the factors of the autoencoder's config: scaled latents are (z - shift) * scale."""
     return autoencoder.config["scaling_factor"], autoencoder.config["shift_factor"] or 0.0
-
-
-def fingerprint(autoencoder: AutoencoderKL) -> str:
-    """Return a hash of the weights: latents of one fingerprint belong to one autoencoder."""
-    digest = hashlib.sha256()
-    for name, value in sorted(autoencoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

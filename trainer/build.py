@@ -21,7 +21,7 @@ from ..data.reader import Reader
 from ..data.shards import ShardSet, write_atomically
 from ..models.denoiser import Guided
 from ..models.flow_map import FlowMap, Velocity
-from .checkpoint import CheckpointError, load_weights, newest, restore
+from .checkpoint import CheckpointError, fingerprint, load_weights, newest, restore
 from .config import ConfigError, plugin_class, split_name
 from .ema import Ema
 from .hooks import save_checkpoint, show_progress, stop_at_signals, update_ema
@@ -54,7 +54,7 @@ def build(recipe: Recipe, folder: Path) -> Run:
     if recipe.training.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     prepare = Preparation.of(shards.info, seed=recipe.seed, device=strategy.device)
-    teacher = _teacher(recipe.teacher, shards, strategy.device)
+    teacher, teacher_weights = _teacher(recipe.teacher, shards, strategy.device)
     strategy.first(lambda: _check_recipe(recipe, folder))
     checkpoint = strategy.first(lambda: newest(folder))
     task = strategy.prepare(Task(model, recipe.objective, prepare=prepare, teacher=teacher))
@@ -73,6 +73,7 @@ def build(recipe: Recipe, folder: Path) -> Run:
         optimizer=adamw(recipe.optimizer, model),
         ema=Ema(model, decay=recipe.ema.decay),
         shards=shards,
+        lineage={"seed": recipe.seed, "dataset": shards.fingerprint, "teacher": teacher_weights},
         batches=Batches(shards, stream, start=checkpoint.state["samples"] if checkpoint else 0),
         strategy=strategy,
         learning_rate=lambda step: learning_rate(recipe.optimizer, step, num_steps=recipe.training.steps),
@@ -141,16 +142,20 @@ def _model(recipe: Recipe) -> tuple[nn.Module, dict[str, Any]]:
         return make_network(recipe.model), recipe.model
 
 
-def _teacher(section: TeacherSection | None, shards: ShardSet, device: torch.device) -> Velocity | None:
+def _teacher(
+    section: TeacherSection | None, shards: ShardSet, device: torch.device
+) -> tuple[Velocity | None, str | None]:
+    """Return the velocity that teaches and the fingerprint of its weights."""
     if section is None:
-        return None
+        return None, None
     model = load_model(section.run, weights=section.weights).to(device)
     if not isinstance(model, FlowMap):
         raise ConfigError(
-            f"teacher.run: {section.run} holds an autoencoder, expected a flow map or a velocity network"
+            f"teacher.run: {section.run} holds no flow map; give a run of a generative objective"
         )
     check_data(model, _network(section.run), shards, name=f"the teacher {section.run}")
-    return guided(model, section.guidance, interval=section.guidance_interval)
+    velocity = guided(model, section.guidance, interval=section.guidance_interval)
+    return velocity, fingerprint(model)
 
 
 def check_data(

@@ -4,7 +4,7 @@ RUN/checkpoints/step-00001234/ holds
     model.safetensors      parameters and buffers
     ema.safetensors        their fp32 mean
     optimizer.safetensors  both Adam moments and the step of every parameter, by name
-    state.json             step, position in the data stream, fingerprints
+    state.json             step, position in the data stream, lineage (seed, data, teacher)
     manifest.json          size and sha256 of every file above; a folder without a matching one is not a
     checkpoint
 No generator states: randomness is keyed (seeds.py). Nothing is pickled.
@@ -92,8 +92,7 @@ def _write(run: Run, folder: Path) -> None:
         "step": run.step,
         "samples": run.samples,
         "ema_updates": run.ema.num_updates,
-        "seed": run.recipe.seed,
-        "dataset": run.shards.fingerprint,
+        "lineage": run.lineage,
     }
     (folder / "state.json").write_text(json.dumps(state, indent=1))
     manifest = {file.name: _digest(file) for file in sorted(folder.iterdir())}
@@ -108,11 +107,11 @@ def _write(run: Run, folder: Path) -> None:
 def restore(run: Run, checkpoint: Checkpoint) -> None:
     """Bring a run to a checkpoint; its loader has been started at the checkpoint's position already."""
     state = checkpoint.state
-    for key, present in (("dataset", run.shards.fingerprint), ("seed", run.recipe.seed)):
-        if state[key] != present:
+    for key, present in run.lineage.items():
+        if state["lineage"][key] != present:
             raise CheckpointError(
-                f"{checkpoint.folder} was made with {key} {state[key]!r}, this run has {present!r}; the data "
-                "stream would not go on at the next sample. Use the same one, or start a new run folder"
+                f"{checkpoint.folder} was made with {key} {state['lineage'][key]!r}, this run has "
+                f"{present!r}, so it would not be the same run. Use the same one, or start a new run folder"
             )
     load_weights(run.model, checkpoint.weights("model"), source=checkpoint.folder)
     run.ema.load(checkpoint.weights("ema"), num_updates=state["ema_updates"])
@@ -165,6 +164,15 @@ def verify(folder: Path) -> str | None:
     except ValueError as error:  # no JSON, or no text at all
         return f"{folder / 'manifest.json'}: it is no JSON ({error})"
     return None
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a hash of a model's weights: what was made with one is told from what was made with another."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], *, source: Path) -> None:

@@ -11,8 +11,9 @@ from diffusers import AutoencoderKL
 from ..data.batch import ordered
 from ..data.encode import encode_shards
 from ..data.shards import CARD, ShardSet
-from ..models.autoencoder import encode_moments, fingerprint
+from ..models.autoencoder import encode_moments
 from .build import load_model
+from .checkpoint import fingerprint
 from .config import ConfigError
 
 STATISTICS_SAMPLES = 2048

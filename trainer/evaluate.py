@@ -19,10 +19,11 @@ from torch import Tensor
 
 from ..data.batch import ordered
 from ..data.shards import ShardSet
-from ..models.autoencoder import decode, decode_latents, encode_moments, fingerprint
+from ..models.autoencoder import decode, decode_latents, encode_moments
 from ..models.backbones.convnet import ConvNet
 from ..models.flow_map import FlowMap, Velocity
 from ..models.sampler import euler, heun, jump, time_grid
+from .checkpoint import fingerprint
 from .seeds import Random
 
 Sampler = Callable[[Tensor, Tensor], Tensor]  # (noise, labels) -> latents

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     ema: Ema
     shards: ShardSet
+    lineage: dict[str, Any]  # what a resumed run must share: seed, data set, teacher
     batches: Batches
     strategy: DataParallel
     learning_rate: Callable[[int], float]
