@@ -54,7 +54,8 @@ def alternate(
     name: str, ours: Callable[[], None], reference: Callable[[], None], *, rounds: int, unit: str
 ) -> dict[str, Any]:
     """Time both in turn and return medians, their ratio by pair, and the extremes; lower is better."""
-    ours(), reference()
+    for warm_up in (ours, reference):
+        warm_up()
     pairs = []
     for number in range(rounds):
         order = (ours, reference) if number % 2 else (reference, ours)

@@ -235,3 +235,17 @@ def test_a_full_disk_is_a_message_and_the_run_goes_on_after_it(small_disk, finis
     (small_disk / "ballast").unlink()
     train(finished / "config.yaml", run).succeeded()
     assert checkpoints(run)[SIX] == checkpoints(finished / "run")[SIX]
+
+
+def test_a_teacher_that_trained_on_is_refused(finished, tmp_path):
+    """A student that goes on under another teacher would be neither run."""
+    shards = finished / "moons"
+    teacher = write_config(tmp_path / "teacher.yaml", shards)
+    train(teacher, tmp_path / "teacher").succeeded()
+    objective = {"objective__name": "semigroup", "teacher__run": str(tmp_path / "teacher")}
+    student = write_config(tmp_path / "student.yaml", shards, training__steps=2, **objective)
+    train(student, tmp_path / "student").succeeded()
+    longer = write_config(tmp_path / "longer.yaml", shards, training__steps=8)
+    train(longer, tmp_path / "teacher").succeeded()
+    message = train(student, tmp_path / "student").refused()
+    assert "was made with teacher" in message and "new run folder" in message
