@@ -91,6 +91,8 @@ MISTAKES = {
     "optimizer.lr=fast": "optimizer.lr: input should be a valid number, unable to parse string as a number; "
     "found 'fast'",
     "optimizer.lr=-1": "optimizer.lr: input should be greater than 0; found -1",
+    "objective.condition_dropout=2": "objective.condition_dropout: input should be less than or equal "
+    "to 1; found 2",
     "training.steps=1.5": "training.steps: input should be a valid integer, got a number with a "
     "fractional part; found 1.5",
     "training.precision=fp16": "training.precision: input should be 'fp32' or 'bf16'; found 'fp16'",

@@ -185,6 +185,14 @@ def test_flow_matching_drops_the_asked_share_of_labels() -> None:
         assert abs(dropped.double().mean() - share) < 4 * math.sqrt(share * (1 - share) / 2000) + 1e-9
 
 
+def test_flow_matching_drops_no_label_unless_asked_and_takes_data_without_labels() -> None:
+    batch, backbone = gaussian_batch(labels=True), Recording()
+    FlowMatching()(FlowMap(backbone), batch)
+    assert backbone.calls[0][3] is batch.condition
+    FlowMatching(condition_dropout=0.5)(FlowMap(backbone), BATCH)
+    assert backbone.calls[1][3] is None
+
+
 @every_path
 @every_rule
 def test_jumps_and_diagonal_start_on_the_path_of_their_own_sample(rule: str, path: Any) -> None:

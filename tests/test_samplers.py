@@ -29,6 +29,18 @@ def test_the_measured_order_is_the_declared_one(sampler: Any, order: int, path: 
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
 
 
+def test_one_step_is_the_written_out_one() -> None:
+    """The order does not tell a velocity at the start of a step from one at its end."""
+    flow, (s, t) = exact(), (torch.full((64,), time).double() for time in (0.9, 0.6))
+    grid = torch.tensor([0.9, 0.6]).double()
+    first = flow.velocity(NOISE, s)
+    second = flow.velocity(NOISE - 0.3 * first, t)
+    torch.testing.assert_close(euler(flow, NOISE, grid=grid), NOISE - 0.3 * first, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        heun(flow, NOISE, grid=grid), NOISE - 0.15 * (first + second), rtol=1e-6, atol=1e-6
+    )
+
+
 @pytest.mark.parametrize("grid", [time_grid(1), time_grid(2), time_grid(7, shift=3.0)])
 @pytest.mark.parametrize("path", PATHS)
 def test_jumps_of_the_exact_map_are_exact_in_any_steps(path: Any, grid: Tensor) -> None:
