@@ -236,11 +236,12 @@ def test_pairs_go_towards_the_data_in_the_asked_shares() -> None:
     assert abs(s[~jumps].mean() - 1 / 2) < bound  # the diagonal is not sorted
 
 
-def test_logit_normal_times_have_the_median_and_the_spread_asked_for() -> None:
+@pytest.mark.parametrize("settings, mean, std", [((), 0.0, 1.0), ((0.5, 2.0), 0.5, 2.0)])
+def test_logit_normal_times_have_the_median_and_the_spread_asked_for(settings: Any, mean: float, std: float):
     random = gaussian_batch(5000).random
-    logits = torch.logit(LogitNormal("logit_normal", 0.5, 2.0).sample(random).double())
-    assert abs(logits.mean() - 0.5) < 4 * 2 / math.sqrt(5000)
-    assert abs(logits.std() - 2.0) < 4 * 2 / math.sqrt(2 * 5000)
+    logits = torch.logit(LogitNormal("logit_normal", *settings).sample(random).double())
+    assert abs(logits.mean() - mean) < 4 * std / math.sqrt(5000)
+    assert abs(logits.std() - std) < 4 * std / math.sqrt(2 * 5000)
 
 
 def test_in_single_precision_the_central_difference_keeps_two_digits() -> None:
