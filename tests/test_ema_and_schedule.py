@@ -36,6 +36,7 @@ def test_the_mean_is_the_written_out_recursion(decay: float) -> None:
         # To the last digits of fp32; without a decay the mean is the live weights themselves.
         tolerance = 2e-6 if decay else 0.0
         torch.testing.assert_close(mean.double(), expected[name], rtol=tolerance, atol=tolerance)
+        assert not mean.requires_grad  # a mean with a graph would keep every step's weights alive
 
 
 def test_the_mean_of_a_half_precision_model_moves_in_single_precision() -> None:

@@ -137,6 +137,17 @@ def test_guidance_goes_on_from_the_velocity_without_class_in_its_interval_only()
     assert Guided.evaluations == 2
 
 
+def test_guidance_is_on_from_noise_to_data_unless_an_interval_is_asked_for() -> None:
+    for t in (0.0, 0.5, 1.0):
+        guided = Guided(exact(), 3.0, null_condition=NULL)
+        times = torch.full_like(TIMES, t)
+        conditional = exact().velocity(DATA, times, LABELS)
+        unconditional = exact().velocity(DATA, times, torch.full_like(LABELS, NULL))
+        torch.testing.assert_close(
+            guided.velocity(DATA, times, LABELS), unconditional + 3 * (conditional - unconditional)
+        )
+
+
 def test_the_interval_of_guidance_includes_its_ends() -> None:
     guided = Guided(exact(), 3.0, null_condition=NULL, interval=(0.25, 0.75))
     for t in (0.25, 0.75):

@@ -38,6 +38,8 @@ def test_the_streams_of_released_versions_do_not_change() -> None:
     assert cells.tolist() == [5361604, 999237, 3401929, 858363]
     normals = [[0.53567673, -2.99375158, 0.66317004], [0.11081593, 1.55492527, 1.89507489]]
     torch.testing.assert_close(random.normal("noise", (3,))[:2], torch.tensor(normals))
+    pair = torch.tensor([[row[0], row[2]] for row in normals])  # the cosine and the sine of one angle
+    torch.testing.assert_close(random.normal("noise", (2,))[:2], pair)
 
 
 def distance_to(cumulative: Tensor) -> float:
