@@ -155,7 +155,7 @@ def _judge(request: EvaluationRequest, latents: ShardSet) -> Judge:
     count = min(request.num_samples, held_out.num_samples, training.num_samples)
     pictures, labels = pictures_of(held_out, count)
     trained_on = training.info.get("name", training.folder)
-    name = f"the {probe.hidden.out_features} features of a classifier trained on {trained_on}"
+    name = f"{probe.num_features} convolutional features of a classifier trained on {trained_on}"
     return Judge(autoencoder_of(latents), probe, pictures, labels, pictures_of(training, count)[0], name)
 
 
