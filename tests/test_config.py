@@ -113,6 +113,8 @@ MISTAKES = {
     "model.from_run=runs/x": "model: from_run takes the whole model from a run; remove channels, name",
     "model={name: convnet}": "model.name: 'convnet' is a classifier, but the objective 'flow_matching' "
     "trains a flow_map",
+    "objective.condition_dropout=0.1": "objective.condition_dropout: 0.1 has no effect on a model without "
+    "classes; remove it, or set model.num_classes",
     "training.accumulation=3": "training.accumulation: 3 does not divide data.batch_size 8",
     "optimizer.warmup_steps=10": "optimizer.warmup_steps: 10 is not below training.steps 10; "
     "the learning rate would never be reached",

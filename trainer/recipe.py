@@ -130,6 +130,12 @@ def check_across_sections(recipe: Recipe) -> None:
         raise ConfigError(
             f"teacher: the objective {objective_name(objective)!r} has no use for one; remove it"
         )
+    dropout = getattr(objective, "condition_dropout", 0)
+    if dropout and recipe.model.get("num_classes") == 0:
+        raise ConfigError(
+            f"objective.condition_dropout: {dropout} has no effect on a model without classes; "
+            "remove it, or set model.num_classes"
+        )
     if recipe.data.batch_size % recipe.training.accumulation:
         raise ConfigError(
             f"training.accumulation: {recipe.training.accumulation} does not divide "
