@@ -24,11 +24,9 @@ from ..trainer.report import grid
 GRID_PICTURES, GRID_COLUMNS = 40, 10
 COLUMNS = {
     "model": "model",
-    "sampler": "sampler",
     "nfe": "nfe",
     "Fréchet": "frechet",
     "ratio": "ratio",
-    "kernel": "kernel",
     "end point": "endpoint_error",
     "accuracy": "class_accuracy",
     "s/sample": "seconds_per_sample",
@@ -128,10 +126,10 @@ def print_evaluation(evaluation: dict[str, Any], console: Console) -> None:
     """Print the table, its floor, and whether the metric sees."""
     table = Table(title=f"Fréchet distance on {evaluation['features']}, {evaluation['num_samples']} samples")
     for heading in COLUMNS:
-        table.add_column(heading, justify="left" if heading in ("model", "sampler") else "right")
+        table.add_column(heading, justify="left" if heading == "model" else "right")
     for row in evaluation["rows"]:
         cells = (row[name] for name in COLUMNS.values())
-        table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells))
+        table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells))
     console.print(table)
     floor = evaluation["floor"]
     console.print(
