@@ -10,10 +10,11 @@ import math
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
+
 from driftmap.models.flow_map import FlowMap
 from driftmap.trainer.objective import Batch
 from driftmap.trainer.seeds import Random
-from torch import Tensor, nn
 
 CLASS_MEANS = (-0.6, 1.1)
 

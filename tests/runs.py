@@ -78,6 +78,7 @@ def driftmap(*arguments, logs: Path, before: Callable[[], object] | None = None,
 
 def _main(arguments, out, err, before, environment):
     import torch
+
     from driftmap.launch.cli import main
 
     for number, file in ((1, out), (2, err)):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 
 import pytest
+
 from driftmap.data.synthetic import write_points
 from driftmap.trainer.checkpoint import verify
 from runs import checkpoints, driftmap, read_losses, tree, write_config

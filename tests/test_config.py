@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from driftmap.trainer.config import ConfigError, parse_yaml, read_config
 from driftmap.trainer.objectives.semigroup import Semigroup
 from driftmap.trainer.recipe import recipe_from, resolved, schema

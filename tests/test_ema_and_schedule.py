@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from driftmap.models.backbones.dit import DiT
 from driftmap.models.backbones.mlp import MLP
 from driftmap.trainer.ema import Ema
 from driftmap.trainer.optim import adamw, learning_rate
 from driftmap.trainer.recipe import OptimizerSection
-from torch import nn
 
 
 def jolt(model: nn.Module, seed: int) -> None:

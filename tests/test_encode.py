@@ -10,6 +10,8 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from driftmap.data.batch import ordered
 from driftmap.data.check import check_shards
 from driftmap.data.encode import encode_shards
@@ -18,7 +20,6 @@ from driftmap.data.reader import Reader
 from driftmap.data.shards import ShardSet, ShardWriter, index_shards
 from driftmap.data.sources import digits, folder, make_shards
 from driftmap.data.synthetic import SETS, write_points
-from PIL import Image
 
 
 def all_samples(shards):

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
 from driftmap.models.denoiser import Guided
 from driftmap.models.flow_map import FlowMap
 from driftmap.trainer.evaluate import frechet_distance, kernel_distance, sample_noise, samplers
 from oracle import GaussianBackbone
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
 
 
 class Features(torch.nn.Module):

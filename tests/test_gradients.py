@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from driftmap.models.backbones.mlp import MLP
 from driftmap.models.flow_map import FlowMap
 from driftmap.trainer.objective import mean_square
@@ -18,7 +20,6 @@ from driftmap.trainer.objectives.semigroup import Semigroup
 from driftmap.trainer.tangent import time_derivative
 from driftmap.trainer.times import Pairs
 from oracle import exact, gaussian_batch
-from torch import Tensor
 
 BATCH = gaussian_batch(64)
 JUMPS = Pairs(diagonal=0)

@@ -13,12 +13,13 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from driftmap.data.batch import Batches, Stream, ordered
 from driftmap.data.decode import Moments, Pixels, Points, find_decoder
 from driftmap.data.members import npy_bytes
 from driftmap.data.reader import Reader
 from driftmap.data.shards import ShardWriter, index_shards
-from PIL import Image
 
 COUNTS = (5, 7, 1, 10)
 

@@ -6,10 +6,11 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from driftmap.data.members import npy_bytes
 from driftmap.data.shards import index_shards, write_shard
 from driftmap.data.synthetic import SETS, write_points
-from PIL import Image
 from runs import checkpoints, driftmap, tree, write_config
 
 

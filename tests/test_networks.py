@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from driftmap.models.backbones.dit import DiT
 from driftmap.models.backbones.mlp import MLP
 from driftmap.models.flow_map import FlowMap
@@ -18,7 +20,6 @@ from driftmap.trainer.objectives.flow_matching import FlowMatching
 from driftmap.trainer.objectives.lagrangian import Lagrangian
 from driftmap.trainer.seeds import Random
 from driftmap.trainer.tangent import time_derivative
-from torch import Tensor, nn
 
 NETWORKS: dict[str, Callable[[], Any]] = {
     "dit": lambda: DiT(sample_size=4, in_channels=3, width=16, depth=2, num_heads=2, num_classes=3),

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from driftmap.models.flow_map import FlowMap
 from driftmap.models.path import Linear, Trig
 from driftmap.trainer.objective import Batch

@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMapEulerDiscreteScheduler
+from torch import Tensor, nn
+
 from driftmap.models.denoiser import Denoiser, Guided
 from driftmap.models.flow_map import FlowMap
 from driftmap.models.path import Linear, Trig, expand
 from driftmap.models.sampler import time_grid
 from driftmap.trainer.objectives.flow_matching import FlowMatching
 from oracle import CLASS_MEANS, GaussianBackbone, exact, gaussian_batch
-from torch import Tensor, nn
 
 PATHS = {"linear": Linear(), "trig": Trig()}
 every_path = pytest.mark.parametrize("name", PATHS)

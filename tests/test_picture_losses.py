@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
+
 from driftmap.trainer.objective import Batch
 from driftmap.trainer.objectives.autoencoder import Autoencoder
 from driftmap.trainer.objectives.classifier import Classifier
 from driftmap.trainer.seeds import Random
-from torch import Tensor, nn
 
 
 class IdentityAutoencoder(nn.Module):

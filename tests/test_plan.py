@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from driftmap.data.plan import Plan, rank_positions
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from driftmap.data.plan import Plan, rank_positions
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any).map(tuple)
 PLANS = st.builds(Plan, COUNTS, st.integers(0, 2**40), st.integers(0, 9))

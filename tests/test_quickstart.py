@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from driftmap.data.batch import ordered
 from driftmap.data.shards import ShardSet
 from driftmap.launch.export import check_export, export

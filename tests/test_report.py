@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from driftmap.trainer.report import grid, means, read_log, write_report
 from PIL import Image
+
+from driftmap.trainer.report import grid, means, read_log, write_report
 
 HOSTILE = "run <img src=x onerror=alert(1)>"
 HOSTILE_CAPTION = '"><img src=x onerror=alert(2)>.png'

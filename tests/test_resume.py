@@ -7,6 +7,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
 from driftmap.data.members import npy_bytes
 from driftmap.data.shards import index_shards, write_shard
 from driftmap.data.synthetic import SETS, write_points

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from driftmap.models.sampler import euler, heun, jump, time_grid
 from driftmap.trainer.seeds import Random
 from oracle import CLASS_MEANS, exact
-from torch import Tensor
 
 PATHS = ["linear", "trig"]
 NOISE = Random(0, torch.arange(64)).normal("noise", (5,)).double()

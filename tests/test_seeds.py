@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from driftmap.trainer.seeds import Random, threefry
 from torch import Tensor
+
+from driftmap.trainer.seeds import Random, threefry
 
 MANY = 100_000
 UNIFORMS = Random(0, torch.arange(MANY)).uniform("time")

@@ -13,12 +13,13 @@ import time
 import numpy as np
 import pytest
 import webdataset
+from PIL import Image
+
 from driftmap.data.check import check_shards
 from driftmap.data.index import build_index, load_index
 from driftmap.data.members import npy_bytes
 from driftmap.data.reader import Reader
 from driftmap.data.shards import ShardSet, ShardWriter, index_shards, write_atomically, write_dataset_card
-from PIL import Image
 
 
 def png(value=0):

@@ -6,9 +6,10 @@ import socket
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from driftmap.data.synthetic import write_points
 from runs import driftmap, read_losses, tree, write_config
-from safetensors.torch import load_file
 
 STEP = "step-00000004"
 
@@ -35,8 +36,9 @@ def on_two(config, run, *overrides, disturb=None):
 
 def note_weights(file, disturb, rank):
     """Let this process write the weights that it holds itself when its run has ended."""
-    from driftmap.trainer import build
     from safetensors.torch import save_file
+
+    from driftmap.trainer import build
 
     train = build.train
 
