@@ -174,7 +174,8 @@ def test_a_kill_at_any_point_of_a_save(points, tmp_path):
 
     def killed_and_gone_on(kill):
         run = tmp_path / f"{kill.func.__name__}-{kill.args[0]}"
-        assert train(config, run, before=kill).ended() == -signal.SIGKILL
+        # 255: multiprocessing's fork server has lost the status of a process that was killed.
+        assert train(config, run, before=kill).ended() in (-signal.SIGKILL, 255)
         found = sorted(folder.name for folder in (run / "checkpoints").iterdir() if "." not in folder.name)
         last = train(config, run).succeeded()
         assert "damaged" not in last.stderr

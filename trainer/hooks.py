@@ -29,8 +29,8 @@ def save_checkpoint(run: Run, losses: dict[str, Tensor]) -> None:
 def stop_at_signals(run: Run) -> Iterator[Hook]:
     """Yield a hook that ends the run after the step in which SIGINT or SIGTERM came to any process.
 
-    A second signal interrupts at once, as usual. Outside the main thread, where Python allows no handlers,
-    signals do what they did before.
+    A second signal interrupts at once, also where a shell started the run with signals ignored. Outside the
+    main thread, where Python allows no handlers, signals do what they did before.
     """
     received: list[int] = []
     main = threading.current_thread() is threading.main_thread()
@@ -39,7 +39,7 @@ def stop_at_signals(run: Run) -> Iterator[Hook]:
 
     def remember(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        signal.signal(number, before[signal.Signals(number)])
+        signal.signal(number, signal.default_int_handler)
 
     def agree(run: Run, losses: dict[str, Tensor]) -> None:
         if run.strategy.stepped:
