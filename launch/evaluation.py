@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -15,7 +14,7 @@ from ..models.autoencoder import decode_latents
 from ..models.backbones.convnet import ConvNet
 from ..models.flow_map import FlowMap
 from ..models.sampler import euler, jump, time_grid
-from ..trainer.build import guided, load_model
+from ..trainer.build import guided, load_model, run_recipe
 from ..trainer.config import ConfigError
 from ..trainer.encode import autoencoder_of
 from ..trainer.evaluate import Judge, evaluate, pictures_of, sample_noise
@@ -52,7 +51,7 @@ class EvaluationRequest:
 
 def evaluate_run(request: EvaluationRequest, out: Path) -> dict[str, Any]:
     """Evaluate a run, write `out` (JSON) and RUN/samples/*.png, and return the evaluation."""
-    recipe = yaml.safe_load((_run_folder(request.run) / "recipe.yaml").read_text())
+    recipe = run_recipe(request.run)
     student = _flow_map(request.run)
     taught = recipe.get("teacher") or {}
     teacher_run = request.teacher or (Path(taught["run"]) if taught else request.run)
@@ -80,7 +79,7 @@ def sample_run(
     run: Path, out: Path, *, nfe: int, count: int, label: int | None, guidance: float, seed: int
 ) -> None:
     """Sample a run into a grid: jumps where a flow map was trained, else Euler steps of the velocity."""
-    recipe = yaml.safe_load((_run_folder(run) / "recipe.yaml").read_text())
+    recipe = run_recipe(run)
     model = _flow_map(run)
     noise = sample_noise(count, model.sample_shape, seed=seed)
     num_classes = model.null_condition
@@ -143,13 +142,13 @@ def print_evaluation(evaluation: dict[str, Any], console: Console) -> None:
 
 
 def _judge(request: EvaluationRequest, latents: ShardSet) -> Judge:
-    probe = load_model(_run_folder(request.features))
+    probe = load_model(request.features)
     if not isinstance(probe, ConvNet):
         raise ConfigError(
             f"{request.features} is no run of a classifier; train one with objective: {{name: classifier}}"
         )
     held_out = ShardSet.open(request.held_out)
-    training = ShardSet.open(yaml.safe_load((request.features / "recipe.yaml").read_text())["data"]["shards"])
+    training = ShardSet.open(run_recipe(request.features)["data"]["shards"])
     count = min(request.num_samples, held_out.num_samples, training.num_samples)
     pictures, labels = pictures_of(held_out, count)
     trained_on = training.info.get("name", training.folder)
@@ -158,17 +157,9 @@ def _judge(request: EvaluationRequest, latents: ShardSet) -> Judge:
 
 
 def _flow_map(run: Path) -> FlowMap:
-    model = load_model(_run_folder(run))
+    model = load_model(run)
     if not isinstance(model, FlowMap):
         raise ConfigError(
             f"{run} holds no flow map or velocity network; give a run of a generative objective"
         )
     return model
-
-
-def _run_folder(run: Path) -> Path:
-    if not (run / "recipe.yaml").is_file():
-        raise ConfigError(
-            f"{run} is no run folder (no recipe.yaml); give the folder that `driftmap train` made"
-        )
-    return run

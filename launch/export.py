@@ -18,7 +18,6 @@ from typing import Any
 
 import diffusers
 import torch
-import yaml
 from diffusers import AutoencoderKL, FlowMapEulerDiscreteScheduler, ModelMixin
 from safetensors.torch import load_file, save_file
 
@@ -26,7 +25,7 @@ from ..data.shards import ShardSet
 from ..models import pipeline
 from ..models.flow_map import FlowMap
 from ..models.sampler import jump, time_grid
-from ..trainer.build import load_model
+from ..trainer.build import load_model, run_recipe
 from ..trainer.config import ConfigError
 from ..trainer.encode import autoencoder_of
 from ..trainer.evaluate import sample_noise
@@ -59,7 +58,7 @@ def export(run: Path, out: Path, *, autoencoder: Path | None = None) -> Path:
         raise ConfigError(f"{run} holds no model that diffusers can load; export takes flow maps of a DiT")
     if out.exists() and not (out / "model_index.json").is_file():
         raise ConfigError(f"{out} exists and is no exported pipeline; give a new folder")
-    shards = ShardSet.open(yaml.safe_load((run / "recipe.yaml").read_text())["data"]["shards"])
+    shards = ShardSet.open(run_recipe(run)["data"]["shards"])
     vae = autoencoder_of(shards, autoencoder) if "latents" in shards.info else None
     aside = out.with_name(f".{out.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)

@@ -113,6 +113,16 @@ def load_model(folder: Path, *, weights: str = "ema") -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def run_recipe(folder: Path) -> dict[str, Any]:
+    """Return the resolved settings that a run was trained with."""
+    file = folder / "recipe.yaml"
+    if not file.is_file():
+        raise ConfigError(
+            f"{folder} is no run folder (no recipe.yaml); give the folder that `driftmap train` made"
+        )
+    return yaml.safe_load(file.read_text())
+
+
 def guided(model: FlowMap, scale: float, *, interval: tuple[float, float] = (0.0, 1.0)) -> Velocity:
     """Return a model's velocity under classifier-free guidance; scale 1 is the model itself."""
     if scale == 1:
