@@ -10,9 +10,11 @@ import multiprocessing
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 
 import yaml
@@ -23,6 +25,8 @@ TIME_LIMIT_S = 60
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(MODULES)
+# Starting a process reads the exit codes of all that have ended, and each can be read only once.
+EXIT_CODES = threading.Lock()
 
 
 @dataclass
@@ -45,11 +49,11 @@ class Command:
 
     def ended(self):
         """Wait for the end and return the exit code, or minus the number of the signal that killed it."""
-        self.process.join(TIME_LIMIT_S)
-        if self.process.is_alive():
+        if not connection.wait([self.process.sentinel], TIME_LIMIT_S):
             self.process.kill()
             raise AssertionError(f"still running after {TIME_LIMIT_S} s:\n{self.stdout}\n{self.stderr}")
-        return self.process.exitcode
+        with EXIT_CODES:
+            return self.process.exitcode
 
     def succeeded(self):
         """Wait for the end, show the output if it is a bad one, and return the command."""
@@ -72,7 +76,8 @@ def driftmap(*arguments, logs: Path, before: Callable[[], object] | None = None,
     out.touch()
     words = [str(argument) for argument in arguments]
     process = FORKS.Process(target=_main, args=(words, out, err, before, environment), daemon=True)
-    process.start()
+    with EXIT_CODES:
+        process.start()
     return Command(process, out, err)
 
 
