@@ -22,11 +22,12 @@ from ..data.members import npy_bytes
 from ..data.shards import ShardWriter, index_shards, write_atomically
 from ..models.flow_map import FlowMap
 from ..trainer.build import build
-from ..trainer.hooks import save_checkpoint, stop_at_signals, update_ema
+from ..trainer.hooks import stop_at_signals, update_ema
 from ..trainer.latents import Preparation
 from ..trainer.log import Journal
 from ..trainer.loop import Run
 from ..trainer.recipe import recipe_from
+from ..trainer.saver import Saver
 
 STEPS_A_ROUND = 4
 
@@ -36,7 +37,7 @@ def overhead(*, rounds: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         run = _latent_run(Path(scratch))
         with run.batches, stop_at_signals(run) as stop:
-            run.hooks += [update_ema, Journal(run), stop, save_checkpoint, _stop_after_round]
+            run.hooks += [update_ema, Journal(run), stop, Saver(), _stop_after_round]
             bare = _bare_loop(run)
 
             def ours() -> None:
@@ -129,7 +130,7 @@ def _bare_loop(run: Run) -> Callable[[], None]:
     assert isinstance(run.model, FlowMap)
     model = copy.deepcopy(run.model.backbone)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    batch = Preparation.of(run.shards.info, seed=0, device=run.strategy.device)(next(run.batches))
+    batch = Preparation.of(run.shards.info, seed=0, device=run.strategy.world.device)(next(run.batches))
 
     classes = batch.condition
     assert classes is not None

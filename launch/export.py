@@ -1,7 +1,7 @@
 """A run as a diffusers pipeline folder, and the proof that it gives the trainer's samples without driftmap.
 
 OUT/model_index.json  pipeline.py           one self-contained pipeline, trust_remote_code=True
-    transformer/      config, safetensors, driftmap_dit.py
+    transformer/      config, safetensors, driftmap_dit.py and what it imports, driftmap_layers.py
     scheduler/        diffusers' FlowMapEulerDiscreteScheduler
     vae/              diffusers' AutoencoderKL with the latents' scale
 """
@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL, FlowMapEulerDiscreteScheduler, ModelMixin
 from safetensors.torch import load_file, save_file
 
 from ..data.shards import ShardSet
-from ..models import pipeline
+from ..models import layers, pipeline
 from ..models.flow_map import FlowMap
 from ..models.sampler import jump, time_grid
 from ..trainer.build import load_model, run_recipe
@@ -75,7 +75,11 @@ def export(run: Path, out: Path, *, autoencoder: Path | None = None) -> Path:
 def _write(folder: Path, backbone: ModelMixin, vae: AutoencoderKL | None, classes: list[str] | None) -> None:
     module = f"driftmap_{Path(inspect.getfile(type(backbone))).stem}"
     backbone.save_pretrained(folder / "transformer")
-    shutil.copy(inspect.getfile(type(backbone)), folder / "transformer" / f"{module}.py")
+    # Of driftmap's modules a network imports `layers` only, which stands beside it here.
+    text = Path(inspect.getfile(type(backbone))).read_text()
+    text = text.replace("from ..layers import", "from .driftmap_layers import")
+    (folder / "transformer" / f"{module}.py").write_text(text)
+    shutil.copy(inspect.getfile(layers), folder / "transformer" / "driftmap_layers.py")
     shutil.copy(inspect.getfile(pipeline), folder / "pipeline.py")
     FlowMapEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
     if vae is not None:

@@ -14,7 +14,8 @@ from driftmap.trainer.checkpoint import verify
 from runs import checkpoints, driftmap, read_losses, tree, write_config
 
 FOUR, SIX = "step-00000004", "step-00000006"
-FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
+MODEL, EMA, OPTIMIZER = (f"{kind}-00001-of-00001.safetensors" for kind in ("model", "ema", "optimizer"))
+FILES = (MODEL, EMA, OPTIMIZER, "state.json", "manifest.json")
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +78,10 @@ def test_a_manifest_that_lists_something_else_is_no_manifest(text, copy):
     assert "does not list" in verify(file.parent)
 
 
-@pytest.mark.parametrize("name", ["ema.safetensors", "manifest.json"])
+@pytest.mark.parametrize("name", [EMA, "manifest.json"])
 def test_a_damaged_checkpoint_is_skipped_loudly_and_made_anew(name, copy, finished):
     before = checkpoints(copy)
-    flip(copy / "checkpoints" / SIX / name)
+    cut(copy / "checkpoints" / SIX / name)
     command = train(finished / "config.yaml", copy).succeeded()
     assert command.stderr.count("warning: ") == 1
     assert f"{SIX}/{name}" in command.stderr and f"using {FOUR}" in command.stderr
@@ -90,7 +91,7 @@ def test_a_damaged_checkpoint_is_skipped_loudly_and_made_anew(name, copy, finish
 
 
 def test_where_all_are_damaged_nothing_begins_anew(copy, finished):
-    cut(copy / "checkpoints" / SIX / "model.safetensors")
+    cut(copy / "checkpoints" / SIX / MODEL)
     os.remove(copy / "checkpoints" / FOUR / "manifest.json")
     before = tree(copy)
     message = train(finished / "config.yaml", copy).refused()
@@ -151,12 +152,12 @@ def test_a_checkpoint_of_another_stream_is_refused(what, copy, finished, tmp_pat
 def test_another_recipe_in_the_same_folder_is_refused_with_its_places(copy, finished):
     before = tree(copy)
     message = train(
-        finished / "config.yaml", copy, "optimizer.lr=2e-2", "model.width=8", "training.accumulation=2"
+        finished / "config.yaml", copy, "optimizer.lr=2e-2", "model.width=8", "training.precision=bf16"
     ).refused()
     for text in (
         "optimizer.lr is 0.01 there, 0.02 here",
         "model.width is 16 there, 8 here",
-        "training.accumulation is 1 there, 2 here",
+        "training.precision is 'fp32' there, 'bf16' here",
     ):
         assert text in message
     assert "another --out" in message
@@ -180,7 +181,7 @@ def limit_files(num_bytes):
 def test_a_file_that_cannot_be_written_whole_is_a_message(copy, finished):
     before = tree(copy)
     sizes = {name: digest["bytes"] for name, digest in checkpoints(copy)[SIX].items()}
-    limit = (sizes["model.safetensors"] + sizes["optimizer.safetensors"]) // 2
+    limit = (sizes[MODEL] + sizes[OPTIMIZER]) // 2
     message = train(
         finished / "config.yaml", copy, "training.steps=8", before=functools.partial(limit_files, limit)
     ).refused()

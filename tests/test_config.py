@@ -66,9 +66,10 @@ def message(file: Path, *overrides: str) -> str:
 MISTAKES = {
     # unknown keys: at the top, in a section, in a plug-in, inside a member of a union
     "optimiser.lr=1": "optimiser: no such key; did you mean 'optimizer'? "
-    "(there are: data, ema, model, objective, optimizer, seed, teacher, training)",
+    "(there are: data, ema, model, objective, optimizer, seed, strategy, teacher, training)",
     "training.step=3": "training.step: no such key; did you mean 'steps'? "
-    "(there are: accumulation, channels_last, keep, log_every, precision, save_every, steps)",
+    "(there are: accumulation, attention, channels_last, compile, keep, log_every, non_finite, precision, "
+    "recompute_every, save_every, save_in_background, steps)",
     "teacher={run: r, guidence: 2}": "teacher.guidence: no such key; did you mean 'guidance'? "
     "(there are: guidance, guidance_interval, run, weights)",
     "model.widht=3": "model.widht: no such key; did you mean 'width'? "
@@ -96,7 +97,7 @@ MISTAKES = {
     "to 1; found 2",
     "training.steps=1.5": "training.steps: input should be a valid integer, got a number with a "
     "fractional part; found 1.5",
-    "training.precision=fp16": "training.precision: input should be 'fp32' or 'bf16'; found 'fp16'",
+    "training.precision=fp8": "training.precision: input should be 'fp32', 'bf16' or 'fp16'; found 'fp8'",
     "model.width=big": "model.width: input should be a valid integer, unable to parse string as an "
     "integer; found 'big'",
     "objective={name: semigroup, pairs: {diagonal: 2}}": "objective.pairs.diagonal: input should be "
@@ -148,7 +149,7 @@ def test_several_mistakes_are_told_at_once(tmp_path: Path) -> None:
         "optimizer: missing; this key is required",
         "training: missing; this key is required",
         "sede: no such key; did you mean 'seed'? "
-        "(there are: data, ema, model, objective, optimizer, seed, teacher, training)",
+        "(there are: data, ema, model, objective, optimizer, seed, strategy, teacher, training)",
     ]
 
 

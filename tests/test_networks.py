@@ -86,11 +86,11 @@ def test_a_student_at_birth_equals_its_teacher_whatever_the_target_time(name: st
 def test_whatever_is_trained_the_diagonal_does_not_see_the_gap_embedding(name: str) -> None:
     student = trained(network(name), Lagrangian())
     other = copy.deepcopy(student)
-    for parameter in other.gap.parameters():
+    for parameter in other.embed.gap.parameters():
         nn.init.normal_(parameter)
     x = state(student)
     assert torch.equal(student(x, S, S, LABELS), other(x, S, S, LABELS))
-    assert student.gap.second.weight.abs().max() > 0
+    assert student.embed.gap.second.weight.abs().max() > 0
     assert not torch.equal(student(x, S, T, LABELS), student(x, S, S, LABELS))
 
 
@@ -126,14 +126,16 @@ def test_blocks_called_one_by_one_are_the_forward(name: str) -> None:
 def test_patches_go_back_to_where_they_were_taken() -> None:
     """With unit embedding weights the tokens are the patches; position (1, 2) of channel 1 is traced."""
     found = DiT(sample_size=4, in_channels=3, patch_size=2, width=12, depth=1, num_heads=1)
-    nn.init.eye_(found.patches.weight)
+    nn.init.eye_(found.embed.patches.weight)
     x = state(found)
     tokens, _ = found.embed(x, S, T, None)
-    assert torch.equal(found.unpatch(tokens - found.positions).round(decimals=5), x.round(decimals=5))
+    assert torch.equal(found.unpatch(tokens - found.embed.positions).round(decimals=5), x.round(decimals=5))
     lone = torch.zeros(1, 3, 4, 4)
     lone[0, 1, 1, 2] = 1
     tokens, _ = found.embed(lone, S[:1], T[:1], None)
-    assert (tokens - found.positions).abs().sum(2).argmax() == 1  # row 1, column 2 is in the second patch
+    assert (tokens - found.embed.positions).abs().sum(
+        2
+    ).argmax() == 1  # row 1, column 2 is in the second patch
 
 
 @every_network

@@ -70,7 +70,7 @@ def test_a_resumed_run_differs_where_its_past_differs(points, tmp_path):
     assert checkpoints(runs[0]).keys() == checkpoints(runs[1]).keys()
     for files, others in zip(*(checkpoints(run).values() for run in runs), strict=True):
         changed = {name for name in files if files[name] != others[name]}
-        assert changed == {"model.safetensors", "ema.safetensors", "optimizer.safetensors"}
+        assert changed == {f"{kind}-00001-of-00001.safetensors" for kind in ("model", "ema", "optimizer")}
 
 
 def test_accumulation_does_not_change_losses(points, tmp_path):
@@ -150,22 +150,23 @@ def kill_before_call(number):
 
 def kill_in_file(number):
     """Send this process SIGKILL when half of the n-th file of tensors is written."""
-    from driftmap.trainer import checkpoint
+    from driftmap.trainer import pieces
 
-    save_file = checkpoint.save_file
+    save_file = pieces.save_file
     remaining = iter(range(number, -1, -1))
 
-    def half_of_it(tensors, file):
-        save_file(tensors, file)
+    def half_of_it(tensors, file, metadata):
+        save_file(tensors, file, metadata)
         if not next(remaining):
             os.truncate(file, file.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoint.save_file = half_of_it
+    pieces.save_file = half_of_it
 
 
 def test_a_kill_at_any_point_of_a_save(points, tmp_path):
-    config = write_config(tmp_path / "config.yaml", points, training__keep=1)
+    settings = {"training__keep": 1, "training__save_in_background": False}
+    config = write_config(tmp_path / "config.yaml", points, **settings)
     whole = tmp_path / "whole"
     train(config, whole, before=functools.partial(list_calls, tmp_path / "calls")).succeeded()
     calls = (tmp_path / "calls").read_text().splitlines()

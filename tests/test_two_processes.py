@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from driftmap.data.synthetic import write_points
+from driftmap.trainer.pieces import Pieces
 from runs import driftmap, read_losses, tree, write_config
 
 STEP = "step-00000004"
@@ -44,9 +45,8 @@ def note_weights(file, disturb, rank):
 
     def train_and_note(recipe, folder):
         run = train(recipe, folder)
-        save_file(
-            {**run.model.state_dict(), **{f"ema/{name}": w for name, w in run.ema.weights.items()}}, file
-        )
+        means = {f"ema/{number}": mean for number, mean in enumerate(run.ema.means["ema"])}
+        save_file({**run.model.state_dict(), **means}, file)
         return run
 
     build.train = train_and_note
@@ -64,8 +64,8 @@ def test_two_processes_are_one(accumulation, points, tmp_path):
         command.succeeded()
     driftmap("train", config, "--out", one, logs=tmp_path / "one.logs").succeeded()
     held = [load_file(tmp_path / f"two-{rank}.safetensors") for rank in "01"]
-    saved = load_file(two / "checkpoints" / STEP / "model.safetensors")
-    alone = load_file(one / "checkpoints" / STEP / "model.safetensors")
+    saved = Pieces(two / "checkpoints" / STEP, "model").all()
+    alone = Pieces(one / "checkpoints" / STEP, "model").all()
     assert held[0].keys() == held[1].keys() and len(saved) > 5
     assert all(torch.equal(held[0][name], held[1][name]) for name in held[0])
     for name, value in saved.items():
@@ -88,7 +88,7 @@ def test_a_run_of_two_goes_on_in_one_and_back(points, tmp_path):
     for command in on_two(config, mixed):
         command.succeeded()
     driftmap("train", config, "--out", one, logs=tmp_path / "one.logs").succeeded()
-    ends = [load_file(run / "checkpoints" / "step-00000006" / "ema.safetensors") for run in (mixed, one)]
+    ends = [Pieces(run / "checkpoints" / "step-00000006", "ema").all() for run in (mixed, one)]
     assert all((ends[0][name] - ends[1][name]).abs().max() <= 1e-5 for name in ends[1])
     losses = [[values["loss"] for values in read_losses(run).values()] for run in (mixed, one)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == 6

@@ -7,6 +7,7 @@ report.html.
 
 import json
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -23,16 +24,21 @@ from ..models.denoiser import Guided
 from ..models.flow_map import FlowMap, Velocity
 from .checkpoint import CheckpointError, fingerprint, load_weights, newest, restore
 from .config import ConfigError, plugin_class, split_name
-from .ema import Ema
-from .hooks import save_checkpoint, show_progress, stop_at_signals, update_ema
+from .ema import Ema, kinds_of
+from .hooks import show_progress, stop_at_signals, update_ema
 from .latents import Preparation
 from .log import Journal
 from .loop import Run, Task
-from .optim import adamw, learning_rate
+from .optim import learning_rate
 from .recipe import NETWORKS, Recipe, TeacherSection, network_kind, resolved
-from .strategy import DataParallel
+from .saver import Saver
+from .strategy import strategy_of, trainable
 
-MAY_CHANGE = ("steps", "save_every", "keep", "log_every")
+# What changes nothing about the weights, or only when training ends.
+MAY_CHANGE = re.compile(
+    r"strategy\.|training\.(steps|accumulation|save_every|save_in_background|keep|log_every|non_finite"
+    r"|recompute_every|compile|attention)\."
+)
 
 
 def train(recipe: Recipe, folder: Path) -> Run:
@@ -40,7 +46,7 @@ def train(recipe: Recipe, folder: Path) -> Run:
     run = build(recipe, folder)
     with run.batches, stop_at_signals(run) as stop, show_progress(run) as show:
         # The journal has to know of a stop, and comes before the checkpoint: see log.py.
-        run.hooks += [update_ema, stop, Journal(run), save_checkpoint, show]
+        run.hooks += [update_ema, stop, Journal(run), Saver(), show]
         run.train()
     return run
 
@@ -48,39 +54,43 @@ def train(recipe: Recipe, folder: Path) -> Run:
 def build(recipe: Recipe, folder: Path) -> Run:
     """Return the run of a recipe, without hooks, at its last checkpoint if it has one."""
     shards = ShardSet.open(recipe.data.shards)
-    strategy = DataParallel(recipe.training, clip_norm=recipe.optimizer.clip_norm)
+    strategy = strategy_of(recipe)
+    world = strategy.world
     model, network = _model(recipe)
     check_data(model, network, shards)
     if recipe.training.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    prepare = Preparation.of(shards.info, seed=recipe.seed, device=strategy.device)
-    teacher, teacher_weights = _teacher(recipe.teacher, shards, strategy.device)
-    strategy.first(lambda: _check_recipe(recipe, folder))
-    checkpoint = strategy.first(lambda: newest(folder))
-    task = strategy.prepare(Task(model, recipe.objective, prepare=prepare, teacher=teacher))
+    prepare = Preparation.of(shards.info, seed=recipe.seed, device=world.device)
+    teacher, teacher_weights = _teacher(recipe.teacher, shards, world.device)
+    world.first(lambda: _check_recipe(recipe, folder))
+    checkpoint = world.first(lambda: newest(folder))
+    shapes = {name: tuple(parameter.shape) for name, parameter in trainable(model).items()}
+    task = Task(
+        model, recipe.objective, prepare=prepare, teacher=teacher, precision=recipe.training.precision
+    )
+    strategy.prepare(task, model, recipe.optimizer)
     stream = Stream(
         recipe.data.batch_size // recipe.training.accumulation,
         seed=recipe.seed,
         window=recipe.data.window,
-        rank=strategy.rank,
-        world=strategy.world_size,
+        rank=world.rank,
+        world=world.size,
     )
     run = Run(
         folder=folder,
         recipe=recipe,
-        task=task,
         model=model,
-        optimizer=adamw(recipe.optimizer, model),
-        ema=Ema(model, decay=recipe.ema.decay),
+        shapes=shapes,
+        strategy=strategy,
+        ema=Ema(strategy.fragments, kinds_of(recipe.ema)),
         shards=shards,
         lineage={"seed": recipe.seed, "dataset": shards.fingerprint, "teacher": teacher_weights},
         batches=Batches(shards, stream, start=checkpoint.state["samples"] if checkpoint else 0),
-        strategy=strategy,
         learning_rate=lambda step: learning_rate(recipe.optimizer, step, num_steps=recipe.training.steps),
     )
     if checkpoint:
         restore(run, checkpoint)
-    strategy.first(lambda: _write_run_files(recipe, network, folder))
+    world.first(lambda: _write_run_files(recipe, network, folder))
     return run
 
 
@@ -221,7 +231,7 @@ def _write_run_files(recipe: Recipe, network: dict[str, Any], folder: Path) -> N
 def _differences(old: Any, new: Any, place: str = "") -> list[str]:
     """Return the dotted places where two recipes differ in what may not change during a run."""
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = [key for key in {**old, **new} if not (place == "training." and key in MAY_CHANGE)]
+        keys = [key for key in {**old, **new} if not MAY_CHANGE.match(f"{place}{key}.")]
         return [text for key in keys for text in _differences(old.get(key), new.get(key), f"{place}{key}.")]
     return [] if old == new else [f"{place[:-1]} is {old!r} there, {new!r} here"]
 

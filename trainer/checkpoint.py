@@ -1,33 +1,29 @@
-"""Checkpoints that are whole or not there: written aside, hashed, synced, renamed; pruned only after success.
+"""Checkpoints: what is in one, which one to trust, and how a run goes on from it.
 
-RUN/checkpoints/step-00001234/ holds
-    model.safetensors      parameters and buffers
-    ema.safetensors        their fp32 mean
-    optimizer.safetensors  both Adam moments and the step of every parameter, by name
-    state.json             step, position in the data stream, lineage (seed, data, teacher)
-    manifest.json          size and sha256 of every file above; a folder without a matching one is not a
-    checkpoint
-No generator states: randomness is keyed (seeds.py). Nothing is pickled.
+RUN/checkpoints/step-00001234/ holds, of every process (see pieces.py),
+    model-*.safetensors      parameters in fp32, and buffers
+    ema-*.safetensors        their running means, a file more for each mean more
+    optimizer-*.safetensors  both Adam moments of every parameter, by name
+and once
+    state.json      step, position in the data stream, counters, lineage (seed, data, teacher)
+    manifest.json   size and sha256 of every file above; a folder without a matching one is not a checkpoint
+No generator states: randomness is keyed (seeds.py). The files say nothing of the strategy, so any number of
+processes goes on from them under any strategy. saver.py writes them.
 """
 
 import hashlib
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .fragment import MOMENTS, Fragment
 from .log import warn
 from .loop import Run
-
-FILES = {"model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"}
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+from .pieces import Pieces, file_name
 
 
 class CheckpointError(ValueError):
@@ -42,66 +38,27 @@ class Checkpoint:
     state: dict[str, Any]
 
     def weights(self, kind: str) -> dict[str, Tensor]:
-        """Return the tensors of `model`, `ema` or `optimizer`, on the CPU."""
-        return load_file(self.folder / f"{kind}.safetensors")
+        """Return the whole tensors of `model`, `optimizer` or a mean (`ema`), on the CPU."""
+        pieces = Pieces(self.folder, kind)
+        if not pieces.shapes:
+            raise CheckpointError(f"{self.folder} holds no {kind}; give one of {', '.join(self._kinds())}")
+        return pieces.all()
+
+    def _kinds(self) -> list[str]:
+        return sorted({file.name.rsplit("-", 3)[0] for file in self.folder.glob("*.safetensors")})
 
 
-def save(run: Run) -> Path:
-    """Write the run's checkpoint of its present step and prune old ones; return its folder."""
-    return run.strategy.first(lambda: _save(run))
+def tensors_of(run: Run, number: int, fragment: Fragment) -> list[tuple[str, str, Tensor]]:
+    """Return (kind, name, live tensor) of all that belongs to the fragment of this number."""
+    own = [("model", fragment.name, fragment.value)]
+    own += [("optimizer", f"{moment}/{fragment.name}", getattr(fragment, moment)) for moment in MOMENTS]
+    return own + [(mean, fragment.name, tensors[number]) for mean, tensors in run.ema.means.items()]
 
 
-def _save(run: Run) -> Path:
-    root = run.folder / "checkpoints"
-    final = root / f"step-{run.step:08d}"
-    aside = final.with_suffix(".tmp")
-    for leftover in root.glob("step-????????.*"):  # of a process that was killed
-        shutil.rmtree(leftover)
-    try:
-        _write(run, aside)
-        if final.exists():  # it is damaged, or the run would have gone on from it
-            _remove(final)
-        os.rename(aside, final)
-        _sync(root)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        kept = ", ".join(folder.name for folder in folders(run.folder)) or "none"
-        raise CheckpointError(
-            f"cannot save {final}: {error}; checkpoints on disk stay intact ({kept}). "
-            "Make room or mend the folder, then give the same command: the run goes on from the last one"
-        ) from error
-    for old in folders(run.folder)[: -run.recipe.training.keep]:
-        _remove(old)
-    return final
-
-
-def _remove(folder: Path) -> None:
-    """Delete a checkpoint under another name, so that no half of it is ever taken for one."""
-    removed = folder.with_suffix(".removed")
-    os.rename(folder, removed)
-    shutil.rmtree(removed)
-
-
-def _write(run: Run, folder: Path) -> None:
-    """Write all files of a checkpoint into a new folder and sync them."""
-    folder.mkdir(parents=True)
-    save_file(_contiguous(run.model.state_dict()), folder / "model.safetensors")
-    save_file(_contiguous(run.ema.weights), folder / "ema.safetensors")
-    save_file(_contiguous(_moments(run)), folder / "optimizer.safetensors")
-    state = {
-        "step": run.step,
-        "samples": run.samples,
-        "ema_updates": run.ema.num_updates,
-        "lineage": run.lineage,
-    }
-    (folder / "state.json").write_text(json.dumps(state, indent=1))
-    manifest = {file.name: _digest(file) for file in sorted(folder.iterdir())}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    for file in folder.iterdir():
-        # safetensors (0.8) lets nobody but the owner read; what others may read is for the umask to say.
-        file.chmod((folder / "state.json").stat().st_mode)
-        _sync(file)
-    _sync(folder)
+def buffers_of(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return what is saved with a model and not trained, by name."""
+    parameters = {name for name, _ in model.named_parameters()}
+    return [(name, value) for name, value in model.state_dict().items() if name not in parameters]
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
@@ -113,10 +70,44 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.folder} was made with {key} {state['lineage'][key]!r}, this run has "
                 f"{present!r}, so it would not be the same run. Use the same one, or start a new run folder"
             )
-    load_weights(run.model, checkpoint.weights("model"), source=checkpoint.folder)
-    run.ema.load(checkpoint.weights("ema"), num_updates=state["ema_updates"])
-    _restore_moments(run, checkpoint.weights("optimizer"))
+    restore_weights(run, checkpoint)
     run.step = state["step"]
+
+
+@torch.no_grad()
+def restore_weights(run: Run, checkpoint: Checkpoint) -> None:
+    """Bring weights, their means and the optimizer to a checkpoint, whatever processes wrote it.
+
+    Raises CheckpointError, naming what does not fit, before anything is changed.
+    """
+    kinds = {kind: Pieces(checkpoint.folder, kind) for kind in ("model", "optimizer", *run.ema.means)}
+    _check_fit(run, kinds, checkpoint.folder)
+    for number, fragment in enumerate(run.strategy.fragments):
+        for kind, name, live in tensors_of(run, number, fragment):
+            live.copy_(kinds[kind].read(name, fragment.start, live.numel()).reshape(live.shape))
+    for name, buffer in buffers_of(run.model):
+        buffer.copy_(kinds["model"].read(name))
+    run.ema.num_updates = checkpoint.state["ema_updates"]
+    run.strategy.num_updates = checkpoint.state["optimizer_updates"]
+    run.strategy.scale = checkpoint.state["loss_scale"]
+    run.strategy.refresh()
+
+
+def _check_fit(run: Run, kinds: dict[str, Pieces], folder: Path) -> None:
+    """Raise CheckpointError where a checkpoint lacks or adds a tensor, or has one of another shape."""
+    shapes = run.shapes
+    expected = {kind: shapes for kind in run.ema.means}
+    expected["model"] = shapes | {name: tuple(b.shape) for name, b in buffers_of(run.model)}
+    expected["optimizer"] = {
+        f"{moment}/{name}": shape for moment in MOMENTS for name, shape in shapes.items()
+    }
+    for kind, pieces in kinds.items():
+        if not pieces.shapes:
+            raise CheckpointError(
+                f"{folder} holds no {kind}; give the ema section that it was trained with, "
+                "or start a new run folder"
+            )
+        _refuse(_differences(pieces.shapes, expected[kind]), folder)
 
 
 def folders(run_folder: Path) -> list[Path]:
@@ -152,10 +143,10 @@ def verify(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint folder, or None if every file has its size and hash."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        if not isinstance(manifest, dict) or manifest.keys() != FILES:
-            return f"{folder / 'manifest.json'}: it does not list {', '.join(sorted(FILES))}"
+        if not isinstance(manifest, dict) or not _lists_a_checkpoint(manifest):
+            return f"{folder / 'manifest.json'}: it does not list the files of a checkpoint"
         for name, digest in manifest.items():
-            if _digest(folder / name) != digest:
+            if digest_of(folder / name) != digest:
                 return f"{folder / name}: the contents differ from the manifest"
     except FileNotFoundError as error:
         return f"{error.filename}: the file is missing"
@@ -164,6 +155,18 @@ def verify(folder: Path) -> str | None:
     except ValueError as error:  # no JSON, or no text at all
         return f"{folder / 'manifest.json'}: it is no JSON ({error})"
     return None
+
+
+def _lists_a_checkpoint(manifest: dict[str, Any]) -> bool:
+    """Return whether the names are state.json and, of each kind of tensors, a file of every process."""
+    files = [name.rsplit("-", 3) for name in manifest if name != "state.json"]
+    kinds = {parts[0] for parts in files}
+    num_files = {int(parts[3].split(".")[0]) for parts in files if len(parts) == 4 and parts[3][:5].isdigit()}
+    if "state.json" not in manifest or len(num_files) != 1 or not {"model", "optimizer", "ema"} <= kinds:
+        return False
+    (size,) = num_files
+    expected = {file_name(kind, rank, size) for kind in kinds for rank in range(size)}
+    return manifest.keys() == {"state.json"} | expected
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -180,62 +183,34 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], *, source: Path) 
 
     Buffers may be missing from `weights` (an EMA holds parameters only); nothing else may.
     """
-    own = model.state_dict()
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     buffers = {name for name, _ in model.named_buffers()}
-    differences = [f"missing {name}" for name in own if name not in weights and name not in buffers]
-    differences += [f"unexpected {name}" for name in weights if name not in own]
-    differences += [
-        f"{name} is {list(weights[name].shape)}, expected {list(value.shape)}"
-        for name, value in own.items()
-        if name in weights and weights[name].shape != value.shape
+    expected = {name: shape for name, shape in own.items() if name in weights or name not in buffers}
+    _refuse(_differences({name: tuple(value.shape) for name, value in weights.items()}, expected), source)
+    model.load_state_dict(weights, strict=False)
+
+
+def _differences(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> list[str]:
+    """Return in which names and shapes tensors differ from the expected ones."""
+    differences = [f"missing {name}" for name in expected if name not in found]
+    differences += [f"unexpected {name}" for name in found if name not in expected]
+    return differences + [
+        f"{name} is {list(found[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
     ]
+
+
+def _refuse(differences: list[str], source: Path) -> None:
     if differences:
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
         raise CheckpointError(
             f"{source} is a checkpoint of another model: {'; '.join(differences[:5])}{more}. "
             "Give the model section that it was trained with, or start a new run folder"
         )
-    model.load_state_dict(weights, strict=False)
 
 
-def _moments(run: Run) -> dict[str, Tensor]:
-    """Return the optimizer's state as `moment/parameter` tensors."""
-    names = {id(parameter): name for name, parameter in run.model.named_parameters()}
-    return {
-        f"{moment}/{names[id(parameter)]}": values[moment]
-        for parameter, values in run.optimizer.state.items()
-        for moment in MOMENTS
-    }
-
-
-def _restore_moments(run: Run, moments: dict[str, Tensor]) -> None:
-    """Put `moment/parameter` tensors back; `step` stays where the optimizer keeps it."""
-    state: dict[int, dict[str, Tensor]] = {}
-    names = {id(parameter): name for name, parameter in run.model.named_parameters()}
-    ordered = [names[id(parameter)] for group in run.optimizer.param_groups for parameter in group["params"]]
-    for number, name in enumerate(ordered):
-        if f"step/{name}" in moments:
-            state[number] = {moment: moments[f"{moment}/{name}"] for moment in MOMENTS}
-    run.optimizer.load_state_dict(
-        {"state": state, "param_groups": run.optimizer.state_dict()["param_groups"]}
-    )
-
-
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name: value.detach().to("cpu", memory_format=torch.contiguous_format)
-        for name, value in tensors.items()
-    }
-
-
-def _digest(file: Path) -> dict[str, Any]:
+def digest_of(file: Path) -> dict[str, Any]:
+    """Return the size and the sha256 of a file."""
     with file.open("rb") as stream:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,51 +1,120 @@
-"""The exponential moving average of the weights: fp32, one fused update, swapped in for evaluation."""
+"""Running means of the weights: fp32, on what this process holds, without communication.
 
-from collections.abc import Iterator
+At the n-th update a mean moves by 1 - keep(n) towards the live weights, n = 0, 1, ...:
+    Constant   keep = min(decay, (1 + n) / (10 + n)), so that an early mean is not the birth weights
+    Power      keep = (1 - 1 / (n + 1))^(gamma + 1): the weights of step t count as t^gamma, however long the
+               run, and means of two widths, kept over time, give that of any other width afterwards
+The width of a power mean is the standard deviation of its profile, relative to the length of the run.
+
+Source: Karras et al., "Analyzing and improving the training dynamics of diffusion models", 2024, section 3.1
+(profile, recursion), 3.2 (reconstruction), and appendix C.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from .fragment import Fragment
+from .recipe import EmaSection
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The exponential mean; `decay` in [0, 1)."""
+
+    decay: float
+
+    def keep(self, num_updates: int) -> float:
+        """Return the share of the old mean in the new one."""
+        return min(self.decay, (1 + num_updates) / (10 + num_updates))
+
+
+@dataclass(frozen=True)
+class Power:
+    """The power-function mean of a relative width in (0, 0.28)."""
+
+    width: float
+
+    @property
+    def gamma(self) -> float:
+        """The exponent: the positive root of width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3))."""
+        inverse = self.width**-2
+        roots = np.roots([1, 7, 16 - inverse, 12 - inverse])
+        return float(max(roots.real))
+
+    def keep(self, num_updates: int) -> float:
+        """Return the share of the old mean in the new one."""
+        return (1 - 1 / (num_updates + 1)) ** (self.gamma + 1)
+
+
+def kinds_of(section: EmaSection) -> dict[str, Constant | Power]:
+    """Return the means of a config by their names in a checkpoint; "ema" is the first."""
+    kinds: dict[str, Constant | Power] = {"ema": Constant(section.decay)}
+    kinds |= {f"ema-{decay}": Constant(decay) for decay in section.more_decays}
+    return kinds | {f"ema-power-{width}": Power(width) for width in section.power_widths}
 
 
 class Ema:
-    """The mean of a model's trainable parameters, by their names.
+    """Means of the weights that this process holds, by name of the mean, one tensor a fragment."""
 
-    The n-th update moves it by 1 - min(decay, (1 + n) / (10 + n)), so that an early mean is not the birth
-    weights. bf16 means never move (an update is below rounding), so the mean is fp32 whatever the model is.
-    """
-
-    def __init__(self, model: nn.Module, *, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, fragments: Sequence[Fragment], kinds: dict[str, Constant | Power]) -> None:
+        self.kinds = kinds
         self.num_updates = 0
-        self._live = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.weights = {name: p.detach().float().clone() for name, p in self._live.items()}
+        self._live = [fragment.value for fragment in fragments]
+        self.means = {
+            name: [value.float().clone(memory_format=torch.preserve_format) for value in self._live]
+            for name in kinds
+        }
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the mean towards the live weights; call it after each optimizer step, and only then."""
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        live = [parameter.float() for parameter in self._live.values()]
-        torch._foreach_lerp_(list(self.weights.values()), live, 1 - decay)
+        """Move the means towards the live weights; call it after each step that changed these, only then."""
+        live = [value.float() for value in self._live]
+        for name, kind in self.kinds.items():
+            torch._foreach_lerp_(self.means[name], live, 1 - kind.keep(self.num_updates))
         self.num_updates += 1
 
-    @torch.no_grad()
-    def load(self, weights: dict[str, Tensor], *, num_updates: int) -> None:
-        """Take over the mean of a checkpoint, whose names are the model's."""
-        for name, mean in self.weights.items():
-            mean.copy_(weights[name])
-        self.num_updates = num_updates
-
     @contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        """Let the model hold the mean inside the `with`, and its live weights again after it."""
-        live = {name: parameter.detach().clone() for name, parameter in self._live.items()}
-        self._copy(self.weights)
+    def swapped_in(self, name: str = "ema", *, refresh: Callable[[], None]) -> Iterator[None]:
+        """Let the model hold a mean inside the `with`, and its live weights again after it.
+
+        Nothing is gathered: every process exchanges its own fragments, then calls `refresh` of its strategy.
+        """
+        live = [value.clone(memory_format=torch.preserve_format) for value in self._live]
+        self._put(self.means[name])
+        refresh()
         try:
             yield
         finally:
-            self._copy(live)
+            self._put(live)
+            refresh()
 
     @torch.no_grad()
-    def _copy(self, weights: dict[str, Tensor]) -> None:
-        for name, parameter in self._live.items():
-            parameter.copy_(weights[name])
+    def _put(self, values: list[Tensor]) -> None:
+        for live, value in zip(self._live, values, strict=True):
+            live.copy_(value)
+
+
+def reconstruction(stored: Sequence[tuple[int, float]], wanted: tuple[int, float]) -> list[float]:
+    """Return the weights of stored power means whose sum is nearest to the mean of another width.
+
+    Each is (updates, relative width). The nearest by the integral of the squared difference of the profiles
+    p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1), 0 <= tau <= t.
+    """
+    times = np.array([time for time, _ in [*stored, wanted]], dtype=np.float64)
+    gammas = np.array([Power(width).gamma for _, width in [*stored, wanted]])
+    logs = _log_products(times, gammas)
+    products = np.exp(logs - logs.max())
+    return np.linalg.lstsq(products[:-1, :-1], products[:-1, -1], rcond=None)[0].tolist()
+
+
+def _log_products(times: np.ndarray, gammas: np.ndarray) -> np.ndarray:
+    """Return the logarithms of the inner products of all pairs of profiles."""
+    both = gammas[:, None] + gammas[None] + 1
+    shorter = np.minimum(times[:, None], times[None])
+    each = np.log(gammas + 1) - (gammas + 1) * np.log(times)
+    return each[:, None] + each[None] + both * np.log(shorter) - np.log(both)

@@ -8,21 +8,14 @@ from types import FrameType
 
 from torch import Tensor
 
-from .checkpoint import save
 from .loop import Hook, Run
 from .progress import progress
 
 
 def update_ema(run: Run, losses: dict[str, Tensor]) -> None:
-    """Move the mean of the weights after each optimizer step."""
-    if run.strategy.stepped:
+    """Move the means of the weights after each step that changed the weights."""
+    if run.strategy.stepped and run.strategy.applied:
         run.ema.update()
-
-
-def save_checkpoint(run: Run, losses: dict[str, Tensor]) -> None:
-    """Save when a period ends, at the last step, and where a stop was asked."""
-    if run.strategy.stepped and run.save_due:
-        save(run)
 
 
 @contextmanager
@@ -43,7 +36,7 @@ def stop_at_signals(run: Run) -> Iterator[Hook]:
 
     def agree(run: Run, losses: dict[str, Tensor]) -> None:
         if run.strategy.stepped:
-            run.stop_asked = run.strategy.any(bool(received))
+            run.stop_asked = run.strategy.world.any(bool(received))
 
     for number in before:
         signal.signal(number, remember)

@@ -22,7 +22,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 
 from .loop import Run
-from .strategy import DataParallel
+from .world import World
 
 NUM_TIME_BINS = 5
 
@@ -52,7 +52,7 @@ class Means:
         else:
             self._sums[name], self._counts[name] = total.clone(), count.clone()
 
-    def take(self, strategy: DataParallel) -> dict[str, float]:
+    def take(self, world: World) -> dict[str, float]:
         """Return the means over all processes and begin again; what met no sample is left out."""
         names = [
             name if total.dim() == 0 else f"{name}{number}"
@@ -61,7 +61,7 @@ class Means:
         ]
         sums = torch.cat([total.reshape(-1) for total in self._sums.values()])
         counts = torch.cat([count.reshape(-1) for count in self._counts.values()])
-        sums, counts = strategy.total(torch.stack([sums, counts.double()])).tolist()
+        sums, counts = world.total(torch.stack([sums, counts.double()])).tolist()
         self._sums, self._counts = {}, {}
         return {name: total / count for name, total, count in zip(names, sums, counts, strict=True) if count}
 
@@ -78,7 +78,7 @@ class Journal:
         self.means = Means()
         self.started = time.monotonic()
         self._mark(run)
-        run.strategy.first(lambda: self._open(run))
+        run.strategy.world.first(lambda: self._open(run))
 
     def _open(self, run: Run) -> None:
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -96,17 +96,17 @@ class Journal:
 
     def _tell(self, run: Run) -> None:
         elapsed = time.monotonic() - self.since
-        values: dict[str, Any] = self.means.take(run.strategy)
+        values: dict[str, Any] = self.means.take(run.strategy.world)
         assert run.strategy.grad_norm is not None
         values |= {
-            "grad_norm": run.strategy.grad_norm.item(),
+            "grad_norm": run.strategy.grad_norm,
             "learning_rate": run.learning_rate(run.step - 1),
             "images_per_s": (run.step - self.step) * run.recipe.data.batch_size / elapsed,
             "data_wait_percent": 100 * (run.batches.wait_s - self.waited_s) / elapsed,
             "time_s": time.monotonic() - self.started,
         }
         self._mark(run)
-        run.strategy.first(lambda: self._write(run, values))
+        run.strategy.world.first(lambda: self._write(run, values))
         run.latest = values
         if not torch.isfinite(torch.tensor([values["loss"], values["grad_norm"]])).all():
             keys = ", ".join(run.batches.keys_of(torch.arange(max(0, run.samples - 8), run.samples)))

@@ -22,12 +22,19 @@ class Task(nn.Module):
     """A model and its objective: the module that is wrapped, so that DDP sees one forward a step."""
 
     def __init__(
-        self, model: nn.Module, objective: Objective, *, prepare: Preparation, teacher: Velocity | None = None
+        self,
+        model: nn.Module,
+        objective: Objective,
+        *,
+        prepare: Preparation,
+        teacher: Velocity | None = None,
+        precision: str = "fp32",
     ) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
         self.prepare = prepare
+        self.precision = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self._frozen = (
             teacher,
         )  # inside a tuple: a teacher is no part of the module that is trained and saved
@@ -35,7 +42,10 @@ class Task(nn.Module):
     def forward(self, samples: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the losses of a batch as the loader gives it."""
         (teacher,) = self._frozen
-        return self.objective(self.model, self.prepare(samples), teacher)
+        # Inside the wrapped module: DeepSpeed (0.19) switches off an autocast that is around it.
+        half: Any = self.precision
+        with torch.autocast(self.prepare.device.type, dtype=half, enabled=half is not None):
+            return self.objective(self.model, self.prepare(samples), teacher)
 
 
 Hook = Callable[["Run", dict[str, Tensor]], None]
@@ -47,14 +57,13 @@ class Run:
 
     folder: Path
     recipe: Recipe
-    task: nn.Module
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    shapes: dict[str, tuple[int, ...]]  # of the whole parameters, by name
+    strategy: DataParallel
     ema: Ema
     shards: ShardSet
     lineage: dict[str, Any]  # what a resumed run must share: seed, data set, teacher
     batches: Batches
-    strategy: DataParallel
     learning_rate: Callable[[int], float]
     hooks: list[Hook] = field(default_factory=list)
     step: int = 0
@@ -80,10 +89,10 @@ class Run:
         """Train until the recipe's last step, or to the end of the step in which a stop was asked."""
         while not (self.finished or self.stop_asked):
             batch = next(self.batches)
-            with self.strategy.accumulate(self.task):
-                losses = self.task(batch)
+            with self.strategy.accumulate():
+                losses = self.strategy.task(batch)
                 self.strategy.backward(losses["loss"])
-                self.strategy.step(self.optimizer, self.learning_rate(self.step))
+                self.strategy.step(self.learning_rate(self.step))
             self.step += self.strategy.stepped
             for hook in self.hooks:
                 hook(self, losses)

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from .fragment import MOMENTS
 from .recipe import OptimizerSection
 
 
@@ -28,3 +29,11 @@ def adamw(section: OptimizerSection, model: nn.Module) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, fused=True)
+
+
+def start_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Make the moments that AdamW would make at its first step, so that a checkpoint can fill them."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}

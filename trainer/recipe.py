@@ -8,6 +8,7 @@ from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from ..models import backbones
+from ..models.layers import Attention
 from . import objectives
 from .config import (
     ConfigError,
@@ -25,6 +26,7 @@ NETWORKS = backbones.__name__
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -60,9 +62,35 @@ class OptimizerSection:
 
 @dataclass(frozen=True, config=STRICT)
 class EmaSection:
-    """The running mean of the weights: decay min(decay, (1 + n) / (10 + n)) at the n-th update."""
+    """The running means of the weights, see ema.py; `decay` is the mean that evaluation and teachers use."""
 
-    decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    decay: Decay = 0.999
+    more_decays: tuple[Decay, ...] = ()
+    power_widths: tuple[Annotated[float, Field(gt=0, lt=0.28)], ...] = ()
+
+
+@dataclass(frozen=True, config=STRICT)
+class Ddp:
+    """Every process holds the whole model, its gradients and moments."""
+
+    name: Literal["ddp"] = "ddp"
+
+
+@dataclass(frozen=True, config=STRICT)
+class Fsdp:
+    """Parameters, gradients and moments are sharded, over all processes or groups of `shard_size` (HSDP)."""
+
+    name: Literal["fsdp"]
+    shard_size: Positive | None = None
+    offload: bool = False  # keep shards in CPU memory and step there
+
+
+@dataclass(frozen=True, config=STRICT)
+class Zero:
+    """DeepSpeed: moments (zero1), gradients too (zero2), parameters too (zero3) are sharded."""
+
+    name: Literal["zero1", "zero2", "zero3"]
+    offload: bool = False  # keep the master copy and the moments in CPU memory and step there
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -71,11 +99,16 @@ class TrainingSection:
 
     steps: Positive
     accumulation: Positive = 1
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False  # faster convolutions; no use for transformers
     save_every: Positive = 1000
+    save_in_background: bool = True
     keep: Positive = 2
     log_every: Positive = 10
+    non_finite: Literal["raise", "skip", "rollback"] = "raise"  # see guard.py
+    recompute_every: Positive | None = None  # activations of every n-th block are made again in the backward
+    compile: bool = False  # torch.compile, block by block
+    attention: Attention = "sdpa"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -89,6 +122,7 @@ class Recipe:
     training: TrainingSection
     teacher: TeacherSection | None = None
     ema: EmaSection = Field(default_factory=EmaSection)
+    strategy: Annotated[Ddp | Fsdp | Zero, Field(discriminator="name")] = Field(default_factory=Ddp)
     seed: Annotated[int, Field(ge=0)] = 0
 
 

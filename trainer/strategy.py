@@ -1,119 +1,174 @@
-"""How a task is spread over processes: Accelerate's process group, autocast, accumulation and clipping.
+"""How a task is spread over processes: what is asked for, and the plainest answer, data parallelism.
 
-The learning rate is set by the loop before each step and never `prepare`d: Accelerate would step a schedule
+A strategy wraps the task, averages gradients, steps the optimizer, and shows what this process holds as
+fragments. The learning rate is set before each step and never `prepare`d: Accelerate would step a schedule
 once a process. The same goes for the loader and the checkpoint, which are ours.
+
+    ddp    here                every process holds everything
+    fsdp   fully_sharded.py    torch's FSDP2: parameters, gradients and moments are sharded
+    zero*  zero.py             DeepSpeed: moments (1), gradients (2) and parameters (3) are sharded
 """
 
-import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from .recipe import TrainingSection
+from .fragment import Fragment
+from .optim import adamw, start_moments
+from .recipe import OptimizerSection, Recipe
+from .world import World, launched
 
-Result = TypeVar("Result")
+FP16_SCALE = 2.0**16
+FP16_GROWTH_STEPS = 2000
+
+
+def process_group() -> Accelerator:
+    """Return Accelerate's process group: NCCL between GPUs, gloo between CPUs."""
+    if torch.cuda.is_available():
+        return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")])
+    # Without a GPU Accelerate (1.15) needs to be told, or every process believes that it is alone.
+    return Accelerator(cpu=launched() > 1)
 
 
 class DataParallel:
-    """Every process holds the whole model and gradients are averaged (DDP); one process trains alone.
+    """Every process holds the whole model and gradients are averaged (DDP); one process trains alone."""
 
-    The processes are those of the launcher's environment (`WORLD_SIZE`), on GPUs, or on CPUs with gloo.
-    """
+    world: World
+    task: nn.Module  # call only this one: what it wraps does not average gradients
+    optimizer: torch.optim.Optimizer
+    fragments: list[Fragment]
 
-    def __init__(self, section: TrainingSection, *, clip_norm: float | None) -> None:
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if section.precision == "bf16" else "no",
-            # Without a GPU Accelerate (1.15) needs to be told, or every process believes that it is alone.
-            cpu=launched > 1 and not torch.cuda.is_available(),
-            # A plugin, as the environment of `accelerate launch` overrides a plain number.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(section.accumulation),
-        )
-        if self.world_size != launched:
-            raise ValueError(
-                f"{launched} processes were launched (WORLD_SIZE), but Accelerate sees {self.world_size}; "
-                "launch with torchrun, or unset WORLD_SIZE to train in one process"
+    def __init__(self, recipe: Recipe) -> None:
+        self.accumulation = recipe.training.accumulation
+        self.clip_norm = recipe.optimizer.clip_norm
+        self.scale = FP16_SCALE if recipe.training.precision == "fp16" else 1.0
+        self.grad_norm: float | None = None  # of the last step, before clipping
+        self.stepped = False  # whether the last micro step completed a step
+        self.applied = False  # whether that step changed the weights: its gradient was finite
+        self._micro_steps = 0
+        self._good_steps = 0
+        self._connect()
+
+    def _connect(self) -> None:
+        self.world = World(process_group())
+
+    def prepare(self, task: nn.Module, model: nn.Module, section: OptimizerSection) -> None:
+        """Wrap the task, make the optimizer and check that what was asked for is in force."""
+        self.task = self._wrapped(task.to(self.world.device), model)
+        self.optimizer = adamw(section, model)
+        start_moments(self.optimizer)
+        self.fragments = self._fragments(model)
+        self._check(model)
+
+    def _wrapped(self, task: nn.Module, model: nn.Module) -> nn.Module:
+        if self.world.size == 1:
+            return task
+        on_gpu = self.world.device.type == "cuda"
+        return DistributedDataParallel(task, device_ids=[self.world.device] if on_gpu else None)
+
+    def _fragments(self, model: nn.Module) -> list[Fragment]:
+        return [
+            Fragment(
+                name=name,
+                shape=tuple(parameter.shape),
+                start=0,
+                value=parameter.detach(),
+                exp_avg=self.optimizer.state[parameter]["exp_avg"],
+                exp_avg_sq=self.optimizer.state[parameter]["exp_avg_sq"],
+                writes=number % self.world.size == self.world.rank,
             )
-        self.clip_norm = clip_norm if clip_norm is not None else float("inf")
-        self.grad_norm: Tensor | None = None
+            for number, (name, parameter) in enumerate(trainable(model).items())
+        ]
 
-    @property
-    def device(self) -> torch.device:
-        """The device of this process."""
-        return self.accelerator.device
+    def _check(self, model: nn.Module) -> None:
+        if self.world.size > 1 and not isinstance(self.task, DistributedDataParallel):
+            raise RuntimeError(f"asked for ddp, but the task is a {type(self.task).__name__}")
 
-    @property
-    def rank(self) -> int:
-        """The number of this process, from 0."""
-        return self.accelerator.process_index
+    def accumulate(self) -> AbstractContextManager[Any]:
+        """Return the context of one micro step; gradients are averaged over processes in the last one."""
+        self._micro_steps += 1
+        self.stepped = self._micro_steps % self.accumulation == 0
+        return self._synchronised(self.stepped)
 
-    @property
-    def world_size(self) -> int:
-        """The number of processes."""
-        return self.accelerator.num_processes
-
-    @property
-    def stepped(self) -> bool:
-        """Whether the last backward completed an optimizer step."""
-        return self.accelerator.sync_gradients
-
-    def prepare(self, task: nn.Module) -> nn.Module:
-        """Return the task on its device, wrapped to average gradients; call only what is returned."""
-        return self.accelerator.prepare_model(task)
-
-    def accumulate(self, task: nn.Module) -> AbstractContextManager[Any]:
-        """Return the context of one micro step."""
-        return self.accelerator.accumulate(task)
+    def _synchronised(self, now: bool) -> AbstractContextManager[Any]:
+        return nullcontext() if now or self.world.size == 1 else self.task.no_sync()  # pyright: ignore[reportCallIssue]
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a micro step's loss, divided by the number of micro steps."""
-        self.accelerator.backward(loss)
+        (loss * (self.scale / self.accumulation)).backward()
 
-    def step(self, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-        """Clip, step and clear the gradients where accumulation is complete; keep the norm in `grad_norm`."""
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        """Clip, step and clear the gradients where accumulation is complete.
+
+        A gradient that is not finite changes nothing (`applied` is False): it is so on every process, as the
+        norm is that of the averaged gradient.
+        """
         if not self.stepped:
             return
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.grad_norm = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.scale != 1:
+            torch._foreach_mul_(gradients, 1 / self.scale)
+        norm = self._norm(gradients)
+        self.grad_norm = norm.item()
+        self.applied = bool(torch.isfinite(norm))
+        if self.applied:
+            if self.clip_norm is not None:
+                nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+            set_learning_rate(self.optimizer, learning_rate)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._rescale()
 
-    def any(self, flag: bool) -> bool:
-        """Return whether the flag is up on any process; every process must ask."""
-        if self.world_size == 1:
-            return flag
-        up = torch.tensor([flag], dtype=torch.int32, device=self.device)
-        torch.distributed.all_reduce(up, op=torch.distributed.ReduceOp.MAX)
-        return bool(up.item())
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        return nn.utils.get_total_norm(gradients)
 
-    def total(self, values: Tensor) -> Tensor:
-        """Return the sum of a tensor over all processes; every process must call."""
-        if self.world_size > 1:
-            torch.distributed.all_reduce(values)
-        return values
+    def _rescale(self) -> None:
+        """Halve the scale of fp16 losses where gradients overflowed, double it after many good steps."""
+        if self.scale == 1:
+            return
+        self._good_steps = self._good_steps + 1 if self.applied else 0
+        if not self.applied:
+            self.scale = max(1.0, self.scale / 2)
+        elif self._good_steps % FP16_GROWTH_STEPS == 0:
+            self.scale *= 2
 
-    def first(self, function: Callable[[], Result]) -> Result:
-        """Return to every process what `function` returns on the first one; every process must call.
+    @property
+    def num_updates(self) -> int:
+        """The number of optimizer steps that changed the weights, as the optimizer counts them."""
+        return int(next(iter(self.optimizer.state.values()))["step"].item())
 
-        What it raises there is raised on every process: none is left waiting for one that has failed.
-        """
-        if self.world_size == 1:
-            return function()
-        answer: list[Any] = [None, None]
-        if self.rank == 0:
-            try:
-                answer[0] = function()
-            except Exception as error:
-                answer[1] = error
-        torch.distributed.broadcast_object_list(answer, src=0, device=self.device)
-        result, error = answer
-        if error is not None:
-            raise error
-        return result
+    @num_updates.setter
+    def num_updates(self, number: int) -> None:
+        for state in self.optimizer.state.values():
+            state["step"].fill_(number)
+
+    def refresh(self) -> None:
+        """Let the model hold what the fragments hold, after they were written from outside."""
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters to train, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the learning rate of all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def strategy_of(recipe: Recipe) -> DataParallel:
+    """Return the strategy that a recipe asks for."""
+    from .fully_sharded import FullySharded
+    from .zero import Zero
+
+    kinds: dict[str, Callable[[Recipe], DataParallel]] = {"ddp": DataParallel, "fsdp": FullySharded}
+    return kinds.get(recipe.strategy.name, Zero)(recipe)

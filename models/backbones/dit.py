@@ -1,12 +1,13 @@
-"""A diffusion transformer with two times, as a diffusers model; a published model takes this one file along.
+"""A diffusion transformer with two times, as a diffusers model; a published model takes this file along.
 
 Tokens are patches of the latents. Each block is modulated by c = e(s) + g(s - t) + y, the embeddings of the
 source time, of the gap and of the class (adaLN-zero: every block starts as the identity). The gap embedding g
 has no biases and its features vanish at zero, so that
 - g(0) = 0 always: on the diagonal the network is exactly a one-time velocity network, whatever was trained;
 - with g's last layer at zero, as at birth, the network ignores t: a student that copies a teacher trained
-by flow matching equals it to the last bit. Blocks are called one by one (`embed`, `blocks[i]`, `head`) and
-never reached into, so they can be sharded, checkpointed and differentiated in forward mode separately.
+by flow matching equals it to the last bit.
+The stages `embed`, `blocks[i]` and `head` are called one by one and never reached into, so they can be
+sharded, recomputed and differentiated in forward mode separately.
 
 Source: Peebles and Xie, "Scalable diffusion models with transformers", 2023, section 3; QK norm: Dehghani
 et al., "Scaling vision transformers to 22 billion parameters", 2023.
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
+
+from ..layers import Attention, Stage, attend
 
 
 def position_embedding(side: int, width: int) -> Tensor:
@@ -52,12 +55,13 @@ class TimeEmbedding(nn.Module):
             return self.second(hidden)
 
 
-class Attention(nn.Module):
+class SelfAttention(nn.Module):
     """Self-attention over tokens (B, L, width); `qk_norm` normalises queries and keys a head."""
 
     def __init__(self, width: int, num_heads: int, *, qk_norm: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.how: Attention = "sdpa"
         self.qkv = nn.Linear(width, 3 * width)
         self.projection = nn.Linear(width, width)
         head = width // num_heads
@@ -69,7 +73,7 @@ class Attention(nn.Module):
         batch, length, width = tokens.shape
         heads = self.qkv(tokens).reshape(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = heads.unbind(0)
-        mixed = F.scaled_dot_product_attention(self.query_norm(query), self.key_norm(key), value)
+        mixed = attend(self.query_norm(query), self.key_norm(key), value, how=self.how)
         return self.projection(mixed.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -81,34 +85,66 @@ def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return normalised * (1 + scale[:, None]) + shift[:, None]
 
 
-class Block(nn.Module):
+class Embed(Stage):
+    """From a state, its two times and its class to tokens and the modulation's input."""
+
+    num_inputs = 4
+
+    def __init__(self, side: int, patch_size: int, in_channels: int, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.side = side
+        self.patch_size = patch_size
+        self.register_buffer("positions", position_embedding(side, width))
+        self.patches = nn.Linear(in_channels * patch_size**2, width)
+        self.source = TimeEmbedding(width, vanishing=False)
+        self.gap = TimeEmbedding(width, vanishing=True)
+        self.labels = nn.Embedding(num_classes + 1, width) if num_classes else None
+
+    def compute(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the tokens (B, L, width) of x (B, C, H, W) and the modulation's input c (B, width)."""
+        size, side = self.patch_size, self.side
+        patches = x.reshape(len(x), x.shape[1], side, size, side, size).permute(0, 2, 4, 1, 3, 5)
+        tokens = self.patches(patches.reshape(len(x), side * side, -1)) + self.positions
+        c = self.source(s) + self.gap(s - t)
+        if self.labels is not None:
+            if condition is None:
+                condition = torch.full((len(x),), self.labels.num_embeddings - 1, device=x.device)
+            c = c + self.labels(condition)
+        return tokens, c
+
+
+class Block(Stage):
     """Attention and a perceptron, each normalised, modulated by c and gated (adaLN-zero)."""
+
+    num_inputs = 2
 
     def __init__(self, width: int, num_heads: int, *, mlp_ratio: float, qk_norm: bool) -> None:
         super().__init__()
-        self.attention = Attention(width, num_heads, qk_norm=qk_norm)
+        self.attention = SelfAttention(width, num_heads, qk_norm=qk_norm)
         hidden = int(width * mlp_ratio)
         self.mlp = nn.Sequential(
             nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width)
         )
         self.modulation = nn.Linear(width, 6 * width)
 
-    def forward(self, tokens: Tensor, c: Tensor) -> Tensor:
+    def compute(self, tokens: Tensor, c: Tensor) -> Tensor:
         """Return the next tokens (B, L, width) given the modulation's input c (B, width)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(c)).chunk(6, dim=1)
         tokens = tokens + gate_a[:, None] * self.attention(modulate(tokens, shift_a, scale_a))
         return tokens + gate_m[:, None] * self.mlp(modulate(tokens, shift_m, scale_m))
 
 
-class Head(nn.Module):
+class Head(Stage):
     """The last normalisation and the projection of tokens to patches."""
+
+    num_inputs = 2
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
         self.modulation = nn.Linear(width, 2 * width)
         self.projection = nn.Linear(width, outputs)
 
-    def forward(self, tokens: Tensor, c: Tensor) -> Tensor:
+    def compute(self, tokens: Tensor, c: Tensor) -> Tensor:
         """Return patches (B, L, outputs)."""
         shift, scale = self.modulation(F.silu(c)).chunk(2, dim=1)
         return self.projection(modulate(tokens, shift, scale))
@@ -143,11 +179,7 @@ class DiT(ModelMixin, ConfigMixin):
         self.patch_size = patch_size
         self.sample_shape = (in_channels, sample_size, sample_size)
         self.null_label = num_classes or None
-        self.register_buffer("positions", position_embedding(self.side, width))
-        self.patches = nn.Linear(in_channels * patch_size**2, width)
-        self.source = TimeEmbedding(width, vanishing=False)
-        self.gap = TimeEmbedding(width, vanishing=True)
-        self.labels = nn.Embedding(num_classes + 1, width) if num_classes else None
+        self.embed = Embed(self.side, patch_size, in_channels, width, num_classes)
         self.blocks = nn.ModuleList(
             Block(width, num_heads, mlp_ratio=mlp_ratio, qk_norm=qk_norm) for _ in range(depth)
         )
@@ -160,31 +192,16 @@ class DiT(ModelMixin, ConfigMixin):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        if self.labels is not None:
+        if self.embed.labels is not None:
             nn.init.normal_(
-                self.labels.weight, std=0.5
+                self.embed.labels.weight, std=0.5
             )  # with the 0.02 of the paper classes are learned more slowly
-        starts_at_zero: list[nn.Linear] = [self.gap.second, self.head.modulation, self.head.projection]
+        starts_at_zero: list[nn.Linear] = [self.embed.gap.second, self.head.modulation, self.head.projection]
         for linear in starts_at_zero + [block.modulation for block in self._blocks()]:
             nn.init.zeros_(linear.weight)
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]
-
-    def embed(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the tokens (B, L, width) of x and the modulation's input c (B, width)."""
-        if tuple(x.shape[1:]) != self.sample_shape:
-            expected = (len(x), *self.sample_shape)
-            raise ValueError(f"x has shape {tuple(x.shape)}, expected {expected}")
-        size, side = self.patch_size, self.side
-        patches = x.reshape(len(x), x.shape[1], side, size, side, size).permute(0, 2, 4, 1, 3, 5)
-        tokens = self.patches(patches.reshape(len(x), side * side, -1)) + self.positions
-        c = self.source(s) + self.gap(s - t)
-        if self.labels is not None:
-            if condition is None:
-                condition = torch.full((len(x),), self.labels.num_embeddings - 1, device=x.device)
-            c = c + self.labels(condition)
-        return tokens, c
 
     def unpatch(self, patches: Tensor) -> Tensor:
         """Return the picture (B, C, H, W) of patches (B, L, C * patch_size ** 2)."""
@@ -194,6 +211,9 @@ class DiT(ModelMixin, ConfigMixin):
 
     def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """Return the mean velocity between the times s and t at the state x."""
+        if tuple(x.shape[1:]) != self.sample_shape:
+            expected = (len(x), *self.sample_shape)
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected {expected}")
         tokens, c = self.embed(x, s, t, condition)
         for block in self.blocks:
             tokens = block(tokens, c)

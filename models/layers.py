@@ -1,0 +1,94 @@
+"""What networks are made of: stages, which are sharded and differentiated one by one, and attention."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, Literal
+
+import torch.autograd.forward_ad as fwad
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Attention = Literal["sdpa", "math", "xformers", "jvp_flash"]
+
+
+class Stage(nn.Module):
+    """A part of a network whose hooks see plain tensors, also under forward-mode differentiation.
+
+    A strategy shards a stage by hooks around its call (FSDP2, ZeRO-3), and these have no forward-mode rule.
+    So where an input is a dual tensor, the directions travel beside the values through the hooks, and the
+    derivative is taken inside. Subclasses define `compute`, with `num_inputs` tensors (or None).
+    """
+
+    num_inputs: ClassVar[int]
+
+    def compute(self, *inputs: Any) -> Any:
+        """Return a tensor or a tuple of tensors."""
+        raise NotImplementedError
+
+    def __call__(self, *inputs: Tensor | None) -> Any:
+        """Return `compute(*inputs)`."""
+        parts = [(x, None) if x is None else _parts(x) for x in inputs]
+        values, directions = [value for value, _ in parts], [direction for _, direction in parts]
+        if all(direction is None for direction in directions):
+            return super().__call__(*inputs)
+        outputs: Any = super().__call__(*values, *directions)
+        first, *more = [_dual(value, direction) for value, direction in outputs]
+        return (first, *more) if more else first
+
+    def forward(self, *inputs: Tensor | None) -> Any:
+        """Return `compute` of the inputs; of inputs and then their directions, pairs (value, direction)."""
+        if len(inputs) == self.num_inputs:
+            return self.compute(*inputs)
+        values, directions = inputs[: self.num_inputs], inputs[self.num_inputs :]
+        with _differentiating():
+            duals = [_dual(value, direction) for value, direction in zip(values, directions, strict=True)]
+            outputs = self.compute(*duals)
+            several = outputs if isinstance(outputs, tuple) else (outputs,)
+            return tuple(_parts(output) for output in several)
+
+
+def _differentiating() -> AbstractContextManager[Any]:
+    """Return the context of forward mode: the one we are in, or a new one where a backward recomputes."""
+    return nullcontext() if fwad._current_level >= 0 else fwad.dual_level()
+
+
+def _parts(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the value and the direction of a dual tensor; of a plain one, no direction."""
+    if fwad._current_level < 0:
+        return x, None
+    value, direction = fwad.unpack_dual(x)
+    return value, direction
+
+
+def _dual(value: Any, direction: Tensor | None) -> Any:
+    return value if direction is None else fwad.make_dual(value, direction)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, *, how: Attention) -> Tensor:
+    """Return the attention of queries over keys and values, all (B, heads, L, width).
+
+    `sdpa` lets torch choose; a dual tensor takes the plain form (`math`), as torch's fused ones have no
+    forward-mode rule. `xformers` and `jvp_flash` are optional extras for GPUs.
+    """
+    if how == "xformers":
+        return _xformers(query, key, value)
+    if how == "jvp_flash":
+        return _jvp_flash(query, key, value)
+    if how == "math" or _parts(query)[1] is not None:
+        # Written out: torch's own softmax overwrites what the gradient of its derivative needs (2.13).
+        scores = query @ key.mT * query.shape[-1] ** -0.5
+        weights = (scores - scores.detach().amax(-1, keepdim=True)).exp()
+        return weights / weights.sum(-1, keepdim=True) @ value
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+def _xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
+
+    swapped = (x.transpose(1, 2) for x in (query, key, value))  # it wants (B, L, heads, width)
+    return memory_efficient_attention(*swapped).transpose(1, 2)
+
+
+def _jvp_flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    from jvp_flash_attention.jvp_attention import JVPAttn  # pyright: ignore[reportMissingImports]
+
+    return JVPAttn.fwd_dual(query, key, value)
