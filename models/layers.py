@@ -1,5 +1,6 @@
 """What networks are made of: stages, which are sharded and differentiated one by one, and attention."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal
 
@@ -13,12 +14,19 @@ Attention = Literal["sdpa", "math", "xformers", "jvp_flash"]
 class Stage(nn.Module):
     """A part of a network whose hooks see plain tensors, also under forward-mode differentiation.
 
-    A strategy shards a stage by hooks around its call (FSDP2, ZeRO-3), and these have no forward-mode rule.
+    A strategy shards a network by hooks around calls (FSDP2, ZeRO-3), and these have no forward-mode rule.
     So where an input is a dual tensor, the directions travel beside the values through the hooks, and the
-    derivative is taken inside. Subclasses define `compute`, with `num_inputs` tensors (or None).
+    derivative is taken inside. Subclasses define `compute`, with `num_inputs` tensors (or None); it may call
+    other stages.
     """
 
     num_inputs: ClassVar[int]
+    # What a strategy wants around the call of an innermost stage with directions.
+    around_derivative: Callable[[nn.Module], AbstractContextManager[Any]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.around_derivative = nullcontext
 
     def compute(self, *inputs: Any) -> Any:
         """Return a tensor or a tuple of tensors."""
@@ -30,7 +38,8 @@ class Stage(nn.Module):
         values, directions = [value for value, _ in parts], [direction for _, direction in parts]
         if all(direction is None for direction in directions):
             return super().__call__(*inputs)
-        outputs: Any = super().__call__(*values, *directions)
+        with self.around_derivative(self):
+            outputs: Any = super().__call__(*values, *directions)
         first, *more = [_dual(value, direction) for value, direction in outputs]
         return (first, *more) if more else first
 
@@ -44,6 +53,12 @@ class Stage(nn.Module):
             outputs = self.compute(*duals)
             several = outputs if isinstance(outputs, tuple) else (outputs,)
             return tuple(_parts(output) for output in several)
+
+
+def innermost_stages(module: nn.Module) -> list[Stage]:
+    """Return the stages of a network that hold no other stage."""
+    stages = [inner for inner in module.modules() if isinstance(inner, Stage)]
+    return [stage for stage in stages if not any(isinstance(m, Stage) for m in list(stage.modules())[1:])]
 
 
 def _differentiating() -> AbstractContextManager[Any]:

@@ -4,11 +4,13 @@ Importing torch takes seconds, so the processes are forked from one that has don
 function behind the `driftmap` command, and is killed, limited or disturbed without harm to the tests.
 """
 
+import functools
 import hashlib
 import json
 import multiprocessing
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -20,7 +22,8 @@ from pathlib import Path
 import yaml
 
 # The last one is what the first step of an optimizer imports.
-MODULES = ["pytest", "driftmap.launch.cli", "driftmap.trainer.build", "torch._dynamo"]
+MODULES = ["pytest", "driftmap.launch.cli", "driftmap.trainer.build", "torch._dynamo", "deepspeed"]
+os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed asks for it when it is imported
 TIME_LIMIT_S = 60
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -79,6 +82,21 @@ def driftmap(*arguments, logs: Path, before: Callable[[], object] | None = None,
     with EXIT_CODES:
         process.start()
     return Command(process, out, err)
+
+
+def launched(number: int, *arguments, logs: Path, before: Callable[[int], object] | None = None):
+    """Start a command as a launcher does, in `number` processes; `before` is called with their ranks."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    commands = []
+    for rank in range(number):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        environment = {name: str(value) for name, value in place.items()}
+        first = None if before is None else functools.partial(before, rank)
+        folder = logs.with_name(f"{logs.name}-{rank}.logs")
+        commands.append(driftmap(*arguments, logs=folder, before=first, **environment))
+    return commands
 
 
 def _main(arguments, out, err, before, environment):

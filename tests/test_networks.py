@@ -113,6 +113,17 @@ def test_the_forward_mode_derivative_and_its_gradient_are_those_of_a_central_dif
     assert parts[0][1].abs().max() > 1e-2
 
 
+@every_network
+def test_a_batch_may_be_empty(name: str) -> None:
+    """Of the few samples of a process none may be a jump, and a strategy wants every process to call."""
+    found = moved(name)
+    x = state(found)
+    empty = found(x[:0], S[:0], T[:0], LABELS[:0])
+    assert empty.shape == (0, *x.shape[1:])
+    empty.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in found.parameters() if p.dim() > 1)
+
+
 @every_dit
 def test_blocks_called_one_by_one_are_the_forward(name: str) -> None:
     found = moved(name)

@@ -22,7 +22,9 @@ from ..data.reader import Reader
 from ..data.shards import ShardSet, write_atomically
 from ..models.denoiser import Guided
 from ..models.flow_map import FlowMap, Velocity
+from .blocks import set_up_blocks
 from .checkpoint import CheckpointError, fingerprint, load_weights, newest, restore
+from .compatibility import check_compatibility
 from .config import ConfigError, plugin_class, split_name
 from .ema import Ema, kinds_of
 from .hooks import show_progress, stop_at_signals, update_ema
@@ -58,6 +60,8 @@ def build(recipe: Recipe, folder: Path) -> Run:
     world = strategy.world
     model, network = _model(recipe)
     check_data(model, network, shards)
+    check_compatibility(recipe, model)
+    set_up_blocks(model, recipe.training)
     if recipe.training.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     prepare = Preparation.of(shards.info, seed=recipe.seed, device=world.device)
@@ -99,6 +103,7 @@ def check_inputs(recipe: Recipe) -> None:
     shards = ShardSet.open(recipe.data.shards)
     model, network = _model(recipe)
     check_data(model, network, shards)
+    check_compatibility(recipe, model)
     _teacher(recipe.teacher, shards, torch.device("cpu"))
 
 

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from .blocks import blocks
 from .fragment import Fragment
 from .recipe import Fsdp, Recipe
 from .strategy import DataParallel, trainable
@@ -95,11 +96,3 @@ class FullySharded(DataParallel):
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         norm = super()._norm(gradients)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def blocks(module: nn.Module) -> list[nn.Module]:
-    """Return the repeated blocks of a network: the outermost members of its module lists."""
-    found: list[nn.Module] = []
-    for child in module.children():
-        found += list(child) if isinstance(child, nn.ModuleList) else blocks(child)
-    return found

@@ -10,7 +10,7 @@ A new objective is a new file in objectives/; the file's name in CamelCase is it
 """
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Protocol
+from typing import Annotated, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import ConfigDict, Field
@@ -21,6 +21,7 @@ from ..models.path import Linear, Path, Trig
 from .seeds import Random
 
 STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+Tangent = Literal["none", "finite_difference", "forward", "forward_with_gradient"]
 Paths = Annotated[Linear | Trig, Field(discriminator="name")]
 
 
@@ -54,6 +55,11 @@ class Objective(Protocol):
 
     model_kind: ClassVar[str]  # the kind of network it trains
     uses_teacher: ClassVar[bool]  # whether a `teacher` section has an effect
+
+    @property
+    def tangent(self) -> Tangent:
+        """What derivative of the network along a direction it takes, and whether that carries gradients."""
+        ...
 
     def __call__(self, model: nn.Module, batch: Batch, teacher: Velocity | None = None) -> dict[str, Tensor]:
         """Return `loss` (scalar) and values to log."""

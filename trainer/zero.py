@@ -8,7 +8,9 @@ Source: Rajbhandari et al., "ZeRO", 2020; facts about DeepSpeed 0.19.8 from its 
 """
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from ..models.layers import innermost_stages
 from . import recipe as settings
 from .fragment import MOMENTS, Fragment
 from .optim import adamw
@@ -86,6 +89,9 @@ class Zero(DataParallel):
     def prepare(self, task: nn.Module, model: nn.Module, section: OptimizerSection) -> None:
         """Make the engine and check that what was asked for is in force."""
         self.plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = self.batch_size // self.world.size
+        if self.stage == 3:
+            for module in innermost_stages(task):
+                module.around_derivative = _gathered
         names = {id(parameter): name for name, parameter in trainable(model).items()}
         shapes = {name: tuple(parameter.shape) for name, parameter in trainable(model).items()}
         self.task, self.optimizer = self.accelerator.prepare(task, adamw(section, model))
@@ -186,6 +192,23 @@ class Zero(DataParallel):
         for number, flat in enumerate(self._zero.fp32_partitioned_groups_flat):
             self._zero.fp16_partitioned_groups_flat[number].data.copy_(flat.data)
             self._zero._unflatten_partitioned_parameters(number)
+
+
+@contextmanager
+def _gathered(module: nn.Module) -> Iterator[None]:
+    """Hold a module's parameters whole and call it without hooks: DeepSpeed's have no forward-mode rule."""
+    from deepspeed import zero
+
+    modules = list(module.modules())
+    hooks = [(inner._forward_pre_hooks, inner._forward_hooks) for inner in modules]
+    with zero.GatheredParameters(list(module.parameters())):
+        for inner in modules:
+            inner._forward_pre_hooks, inner._forward_hooks = OrderedDict(), OrderedDict()
+        try:
+            yield
+        finally:
+            for inner, (before, after) in zip(modules, hooks, strict=True):
+                inner._forward_pre_hooks, inner._forward_hooks = before, after
 
 
 def _fragment(

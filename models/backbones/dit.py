@@ -71,8 +71,8 @@ class SelfAttention(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the attended tokens (B, L, width)."""
         batch, length, width = tokens.shape
-        heads = self.qkv(tokens).reshape(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        query, key, value = heads.unbind(0)
+        heads = self.qkv(tokens).reshape(batch, length, 3, self.num_heads, width // self.num_heads)
+        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
         mixed = attend(self.query_norm(query), self.key_norm(key), value, how=self.how)
         return self.projection(mixed.transpose(1, 2).reshape(batch, length, width))
 
@@ -104,7 +104,7 @@ class Embed(Stage):
         """Return the tokens (B, L, width) of x (B, C, H, W) and the modulation's input c (B, width)."""
         size, side = self.patch_size, self.side
         patches = x.reshape(len(x), x.shape[1], side, size, side, size).permute(0, 2, 4, 1, 3, 5)
-        tokens = self.patches(patches.reshape(len(x), side * side, -1)) + self.positions
+        tokens = self.patches(patches.reshape(len(x), side * side, self.patches.in_features)) + self.positions
         c = self.source(s) + self.gap(s - t)
         if self.labels is not None:
             if condition is None:
@@ -150,12 +150,14 @@ class Head(Stage):
         return self.projection(modulate(tokens, shift, scale))
 
 
-class DiT(ModelMixin, ConfigMixin):
+class DiT(Stage, ModelMixin, ConfigMixin):
     """The transformer `(x, s, t, condition) -> mean velocity like x`.
 
     Forward: x (B, in_channels, sample_size, sample_size), s and t (B,) in [0, 1], labels (B,) in
     [0, num_classes], where the label `num_classes` means "no class" and is what a missing condition becomes.
     """
+
+    num_inputs = 4
 
     @register_to_config
     def __init__(
@@ -205,11 +207,15 @@ class DiT(ModelMixin, ConfigMixin):
 
     def unpatch(self, patches: Tensor) -> Tensor:
         """Return the picture (B, C, H, W) of patches (B, L, C * patch_size ** 2)."""
-        side, size = self.side, self.patch_size
-        grid = patches.reshape(len(patches), side, side, -1, size, size).permute(0, 3, 1, 4, 2, 5)
-        return grid.reshape(len(patches), -1, side * size, side * size)
+        side, size, channels = self.side, self.patch_size, self.sample_shape[0]
+        grid = patches.reshape(len(patches), side, side, channels, size, size).permute(0, 3, 1, 4, 2, 5)
+        return grid.reshape(len(patches), *self.sample_shape)
 
-    def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return the mean velocity between the times s and t at the state x."""
+        return super().__call__(x, s, t, condition)
+
+    def compute(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         """Return the mean velocity between the times s and t at the state x."""
         if tuple(x.shape[1:]) != self.sample_shape:
             expected = (len(x), *self.sample_shape)

@@ -3,6 +3,25 @@
 import torch
 from torch import Tensor, nn
 
+from ..layers import Stage
+
+
+class Block(Stage):
+    """A residual layer (B, width)."""
+
+    num_inputs = 1
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        # GroupNorm(1, ...) is layer norm, with the right gradient of its forward-mode derivative: see dit.py.
+        self.layers = nn.Sequential(
+            nn.GroupNorm(1, width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)
+        )
+
+    def compute(self, hidden: Tensor) -> Tensor:
+        """Return the next features."""
+        return hidden + self.layers(hidden)
+
 
 class MLP(nn.Module):
     """A residual perceptron of the state, both times and an optional class.
@@ -15,11 +34,7 @@ class MLP(nn.Module):
         super().__init__()
         self.frequencies = 8
         self.inputs = nn.Linear(channels + 4 * self.frequencies, width)
-        # GroupNorm(1, ...) is layer norm, with the right gradient of its forward-mode derivative: see dit.py.
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.GroupNorm(1, width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-            for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
         self.outputs = nn.Linear(width, channels)
         self.labels = nn.Embedding(num_classes + 1, width) if num_classes else None
         self.sample_shape = (channels,)
@@ -34,5 +49,5 @@ class MLP(nn.Module):
             missing = torch.full((len(x),), self.labels.num_embeddings - 1, device=x.device)
             hidden = hidden + self.labels(missing if condition is None else condition)
         for block in self.blocks:
-            hidden = hidden + block(hidden)
+            hidden = block(hidden)
         return self.outputs(hidden)

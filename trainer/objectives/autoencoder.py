@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...models.autoencoder import decode, posterior
 from ...models.flow_map import Velocity
-from ..objective import STRICT, Batch
+from ..objective import STRICT, Batch, Tangent
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -26,6 +26,7 @@ class Autoencoder:
 
     model_kind: ClassVar[str] = "autoencoder"
     uses_teacher: ClassVar[bool] = False
+    tangent: ClassVar[Tangent] = "none"
 
     kl_weight: Annotated[float, Field(ge=0)] = 1e-3
     reconstruction: Literal["absolute", "square"] = "absolute"

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from ...models.flow_map import Velocity
-from ..objective import STRICT, Batch
+from ..objective import STRICT, Batch, Tangent
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -21,6 +21,7 @@ class Classifier:
 
     model_kind: ClassVar[str] = "classifier"
     uses_teacher: ClassVar[bool] = False
+    tangent: ClassVar[Tangent] = "none"
 
     max_shift: Annotated[int, Field(ge=0)] = 2
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...models.flow_map import FlowMap, Velocity
 from ...models.path import Linear
-from ..objective import STRICT, Batch, Paths, diagonal_error
+from ..objective import STRICT, Batch, Paths, Tangent, diagonal_error
 from ..times import Times, Uniform
 
 
@@ -23,6 +23,7 @@ class FlowMatching:
 
     model_kind: ClassVar[str] = "flow_map"
     uses_teacher: ClassVar[bool] = True
+    tangent: ClassVar[Tangent] = "none"
 
     path: Paths = Field(default_factory=Linear)
     times: Times = Field(default_factory=Uniform)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...models.flow_map import FlowMap, Velocity
 from ...models.path import Linear, expand
-from ..objective import STRICT, Batch, Paths, diagonal_error, joined, mean_square
+from ..objective import STRICT, Batch, Paths, Tangent, diagonal_error, joined, mean_square
 from ..tangent import Derivative, time_derivative
 from ..times import Pairs
 
@@ -36,6 +36,13 @@ class Lagrangian:
     pairs: Pairs = Field(default_factory=Pairs)
     gradient: Literal["residual", "semigradient"] = "residual"
     derivative: Derivative = "forward"
+
+    @property
+    def tangent(self) -> Tangent:
+        """The derivative in the target time; the residual differentiates it again."""
+        if self.derivative == "finite_difference":
+            return "finite_difference"
+        return "forward_with_gradient" if self.gradient == "residual" else "forward"
 
     def __call__(self, model: FlowMap, batch: Batch, teacher: Velocity | None = None) -> dict[str, Tensor]:
         """Return the loss and the errors of jumps and diagonal."""

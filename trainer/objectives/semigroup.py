@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...models.flow_map import FlowMap, Velocity
 from ...models.path import Linear, expand
-from ..objective import STRICT, Batch, Paths, diagonal_error, joined, mean_square
+from ..objective import STRICT, Batch, Paths, Tangent, diagonal_error, joined, mean_square
 from ..times import Pairs
 
 
@@ -29,6 +29,7 @@ class Semigroup:
 
     model_kind: ClassVar[str] = "flow_map"
     uses_teacher: ClassVar[bool] = True
+    tangent: ClassVar[Tangent] = "none"
 
     path: Paths = Field(default_factory=Linear)
     pairs: Pairs = Field(default_factory=Pairs)

@@ -1,0 +1,82 @@
+"""What does not go together, and what to do instead: objective, strategy, attention, compile, recomputing.
+
+Every line was found by running it (torch 2.13, DeepSpeed 0.19.8, two CPU processes) unless it says otherwise.
+What is not refused here is in the matrix of tests/test_strategies.py.
+"""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from ..models.layers import Stage, innermost_stages
+from .blocks import attentions, blocks
+from .config import ConfigError
+from .recipe import Fsdp, Recipe, Zero, objective_name
+
+INSTEAD = (
+    "use strategy fsdp or zero2, or an objective without that derivative: derivative: finite_difference, "
+    "gradient: semigradient, or the semigroup rule"
+)
+
+
+def check_compatibility(recipe: Recipe, model: nn.Module) -> None:
+    """Raise ConfigError with a line for every combination of settings that does not work."""
+    problems = [*_of_derivatives(recipe, model), *_of_strategies(recipe), *_without_effect(recipe, model)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _of_derivatives(recipe: Recipe, model: nn.Module) -> Iterator[str]:
+    """Yield what forward-mode differentiation cannot go through."""
+    tangent, training = recipe.objective.tangent, recipe.training
+    name = f"objective {objective_name(recipe.objective)!r} (derivative: {tangent})"
+    if not tangent.startswith("forward"):
+        return
+    staged = all(isinstance(block, Stage) for block in blocks(model))
+    inside = {id(p) for stage in innermost_stages(model) for p in stage.parameters()}
+    wholly = all(id(p) in inside for p in model.parameters())
+    if recipe.strategy.name == "zero3" and tangent == "forward_with_gradient":
+        yield (
+            f"strategy.name: {name} differentiates a derivative, and zero3 has let go of the parameters "
+            f"by then; {INSTEAD}"
+        )
+    elif not (wholly if recipe.strategy.name == "zero3" else staged or recipe.strategy.name != "fsdp"):
+        yield (
+            f"strategy.name: {recipe.strategy.name} calls hooks that have no forward-mode rule, which {name} "
+            f"needs; this network is not built of stages (models/layers.py) all through; {INSTEAD}"
+        )
+    if training.recompute_every and not staged:
+        yield (
+            f"training.recompute_every: {name} is lost where a block is made again; this network is not "
+            "built of stages (layers.py); remove it"
+        )
+    if training.compile and tangent == "forward_with_gradient":
+        yield f"training.compile: inductor cannot compile the gradient of {name}; set it to false"
+    if training.attention == "xformers":
+        yield (
+            f"training.attention: xformers has no forward-mode rule, which {name} needs; use sdpa, math or "
+            "jvp_flash"
+        )
+
+
+def _of_strategies(recipe: Recipe) -> Iterator[str]:
+    """Yield what a strategy cannot do."""
+    strategy, training = recipe.strategy, recipe.training
+    if isinstance(strategy, Zero) and training.precision == "fp16":
+        yield f"training.precision: {strategy.name} would train without loss scaling in fp16; use bf16"
+    if not isinstance(strategy, Zero | Fsdp):
+        return
+    if training.channels_last:
+        yield f"training.channels_last: {strategy.name} lays parameters out flat; set it to false, or use ddp"
+
+
+def _without_effect(recipe: Recipe, model: nn.Module) -> Iterator[str]:
+    """Yield settings that this network has nothing for."""
+    training = recipe.training
+    if training.attention != "sdpa" and not attentions(model):
+        yield "training.attention: this network has no attention whose form can be chosen; remove it"
+    if (training.recompute_every or training.compile) and not blocks(model):
+        yield (
+            "training.recompute_every, training.compile: this network has no list of repeated blocks; "
+            "remove them"
+        )
