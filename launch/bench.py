@@ -9,6 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,20 @@ from torch import Tensor, nn
 from ..data.members import npy_bytes
 from ..data.shards import ShardWriter, index_shards, write_atomically
 from ..models.flow_map import FlowMap
-from ..trainer.build import build
+from ..trainer.build import build, make_network
+from ..trainer.ema import Constant, Ema
+from ..trainer.fragment import Fragment
 from ..trainer.hooks import stop_at_signals, update_ema
 from ..trainer.latents import Preparation
 from ..trainer.log import Journal
 from ..trainer.loop import Run
 from ..trainer.recipe import recipe_from
 from ..trainer.saver import Saver
+from .quickstart import recipe_named
 
 STEPS_A_ROUND = 4
+ROUND_S = 0.05  # the least that is timed at once, where a step is shorter
+DIT = {"name": "dit", "width": 256, "depth": 8, "num_classes": 10}
 
 
 def overhead(*, rounds: int) -> list[dict[str, Any]]:
@@ -44,7 +50,52 @@ def overhead(*, rounds: int) -> list[dict[str, Any]]:
                 run.stop_asked = False
                 run.train()
 
-            return [alternate("trainer step / bare loop", ours, bare, rounds=rounds, unit="s/step")]
+            name = "trainer step / bare loop"
+            return [alternate(name, ours, bare, rounds=rounds, steps=STEPS_A_ROUND, unit="s/step")]
+
+
+def ema(*, rounds: int) -> list[dict[str, Any]]:
+    """Return the seconds of an update of one mean of the weights, and of diffusers' `EMAModel.step`.
+
+    A 9.8 M DiT is bound by memory, the 1.9 M one of the quickstart also by the number of its tensors. Where
+    processes share the parameters each of them updates its own, and `EMAModel` all.
+    """
+    from diffusers.training_utils import EMAModel
+
+    rows = []
+    for settings in (DIT, recipe_named("quickstart-teacher", []).model):
+        model = make_network(settings)
+        weights = [(name, p.detach()) for name, p in model.named_parameters()]
+        size = f"{sum(p.numel() for _, p in weights) / 1e6:.1f} M in {len(weights)} tensors"
+        for held, foreach in ((1, False), (1, True), (2, False)):
+            # Of two processes that share the parameters each holds half the rows; moments are of no interest.
+            parts = [(name, p.shape, p[: -(-len(p) // held)]) for name, p in weights]
+            fragments = [Fragment(name, tuple(shape), 0, p, p, p, writes=True) for name, shape, p in parts]
+            mean = Ema(fragments, {"ema": Constant(0.999)})
+            theirs = EMAModel(model.parameters(), decay=0.999, foreach=foreach)
+            name = f"Ema.update{' of 1 of 2 processes' if held == 2 else ''} / EMAModel.step"
+            name += f"{' foreach=True' if foreach else ''}, {size}"
+            steps = _repeats(mean.update)
+            ours = _repeated(mean.update, steps)
+            reference = _repeated(partial(theirs.step, list(model.parameters())), steps)
+            rows.append(alternate(name, ours, reference, rounds=rounds, steps=steps, unit="s/update"))
+    return rows
+
+
+def _repeated(function: Callable[[], None], number: int) -> Callable[[], None]:
+    def repeated() -> None:
+        for _ in range(number):
+            function()
+
+    return repeated
+
+
+def _repeats(function: Callable[[], None]) -> int:
+    """Return how many calls of a function take at least ROUND_S: a power of 2."""
+    number = 1
+    while _seconds(_repeated(function, number)) < ROUND_S:
+        number *= 2
+    return number
 
 
 def _stop_after_round(run: Run, losses: dict[str, Tensor]) -> None:
@@ -52,15 +103,24 @@ def _stop_after_round(run: Run, losses: dict[str, Tensor]) -> None:
 
 
 def alternate(
-    name: str, ours: Callable[[], None], reference: Callable[[], None], *, rounds: int, unit: str
+    name: str,
+    ours: Callable[[], None],
+    reference: Callable[[], None],
+    *,
+    rounds: int,
+    steps: int,
+    unit: str,
 ) -> dict[str, Any]:
-    """Time both in turn and return medians, their ratio by pair, and the extremes; lower is better."""
+    """Time both in turn, each doing `steps` steps a call, and return the seconds of a step.
+
+    Medians, their ratio by pair, and the extremes; lower is better.
+    """
     for warm_up in (ours, reference):
         warm_up()
     pairs = []
     for number in range(rounds):
         order = (ours, reference) if number % 2 else (reference, ours)
-        times = {function: _seconds(function) / STEPS_A_ROUND for function in order}
+        times = {function: _seconds(function) / steps for function in order}
         pairs.append((times[ours], times[reference]))
     mine, theirs = zip(*pairs, strict=True)
     ratios = [one / other for one, other in pairs]
@@ -117,7 +177,7 @@ def _latent_run(folder: Path) -> Run:
     index_shards(folder / "latents")
     settings = {
         "data": {"shards": str(folder / "latents"), "batch_size": 128},
-        "model": {"name": "dit", "width": 256, "depth": 8, "num_classes": 10},
+        "model": DIT,
         "objective": {"name": "flow_matching", "condition_dropout": 0.1},
         "optimizer": {"lr": 1e-4},
         "training": {"steps": 10**6, "save_every": 10**6},

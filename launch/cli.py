@@ -4,17 +4,16 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from ..trainer.progress import progress
+from .cli_shards import shards_app
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
 )
-shards_app = typer.Typer(no_args_is_help=True, help="Make, index, check and encode WebDataset shards.")
 config_app = typer.Typer(no_args_is_help=True, help="Tell about configs.")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure what our code costs beside a reference.")
 app.add_typer(shards_app, name="shards")
@@ -98,6 +97,26 @@ def train(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="a YAML file, see configs/")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as model.width=1024")] = None,
+    world_size: Annotated[int, typer.Option(min=1, help="how many processes, one a GPU")] = 1,
+    memory: Annotated[
+        float | None, typer.Option(min=0, help="GiB of one GPU; by default of the one here, else 80")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="also write the plan here")] = None,
+) -> None:
+    """Tell what a config costs before it runs: memory by strategy, operations, checkpoints; and advise."""
+    from ..trainer.config import read_config
+    from ..trainer.recipe import recipe_from
+    from .plan import plan as plan_of
+    from .plan import show
+
+    found = plan_of(recipe_from(read_config(config, overrides or [])), world_size, memory_gib=memory)
+    show(found, json_file, console)
+
+
+@app.command()
 def sample(
     run: RunFolder,
     out: Annotated[Path, typer.Option(help="the PNG to write")] = Path("samples.png"),
@@ -168,68 +187,22 @@ def export(
     console.print(f"{out}: loaded without driftmap, samples differ by {check_export(out, run):.1e}")
 
 
-@shards_app.command("make")
-def shards_make(
-    source: Annotated[
-        str,
-        typer.Argument(help="a folder of pictures (a sub-folder a class), or digits:train, digits:held_out"),
-    ],
-    out: Annotated[Path, typer.Argument(help="the folder of shards to write")],
-    size: Annotated[int, typer.Option(min=1, help="side of the pictures, for folders")] = 256,
-    channels: Annotated[int, typer.Option(min=1, max=3, help="1 grey, 3 colour, for folders")] = 3,
+@app.command()
+def ema(
+    run: RunFolder,
+    width: Annotated[float, typer.Option(help="the relative width of the mean, such as 0.12")],
+    out: Annotated[Path, typer.Option(help="the safetensors file to write")],
+    step: Annotated[int | None, typer.Option(help="a snapshot's step; by default the last")] = None,
 ) -> None:
-    """Write pictures as indexed WebDataset shards."""
-    from ..data import sources
+    """Write the running mean of any width from the snapshots of a run (ema.snapshot_every)."""
+    from ..trainer.posthoc import mean_of_width
 
-    kind, _, split = source.partition(":")
-    found = (
-        sources.digits(cast(Any, split))
-        if kind == "digits" and split
-        else sources.folder(source, size=size, channels=channels)
+    mean = mean_of_width(run, width, step=step)
+    mean.write(out)
+    console.print(
+        f"{out}: width {width} at step {mean.step}, the sum of {mean.num_means} means; "
+        f"its profile misses by {mean.residual:.2%}"
     )
-    with progress(out.name, found.num_samples, unit="pictures") as update:
-        made = sources.make_shards(found, out, progress=update)
-    _print_shards(made)
-
-
-@shards_app.command("index")
-def shards_index(folder: Annotated[Path, typer.Argument(help="a folder of tars")]) -> None:
-    """Index tars, ours or others', so that they can be trained on."""
-    from ..data.index import list_tars
-    from ..data.shards import index_shards
-
-    with progress(folder.name, len(list_tars(folder)), unit="tars") as update:
-        indexed = index_shards(folder, progress=update)
-    _print_shards(indexed)
-
-
-@shards_app.command("check")
-def shards_check(folder: Annotated[Path, typer.Argument(help="a folder of indexed tars")]) -> None:
-    """Verify every member of every tar; exit code 1 where there are problems."""
-    from ..data.check import check_shards
-    from ..data.index import list_tars
-
-    with progress(folder.name, len(list_tars(folder)), unit="tars") as update:
-        problems = check_shards(folder, progress=update)
-    for problem in problems:
-        console.print(problem, markup=False, soft_wrap=True)
-    console.print(f"{folder}: {len(problems)} problems")
-    raise typer.Exit(1 if problems else 0)
-
-
-@shards_app.command("encode")
-def shards_encode(
-    source: Annotated[Path, typer.Argument(help="shards of pictures")],
-    out: Annotated[Path, typer.Argument(help="the folder of latent shards to write")],
-    autoencoder: Annotated[Path, typer.Option(help="the run of the autoencoder")],
-) -> None:
-    """Encode pictures to latents: posterior mean and std, their scale, the encoder's fingerprint."""
-    from ..data.shards import ShardSet
-    from ..trainer.encode import encode_latents
-
-    pictures = ShardSet.open(source)
-    with progress(out.name, pictures.num_samples, unit="pictures") as update:
-        _print_shards(encode_latents(pictures, out, autoencoder=autoencoder, progress=update))
 
 
 @config_app.command("schema")
@@ -251,11 +224,15 @@ def bench_overhead(
     show(overhead(rounds=rounds), json_file, console)
 
 
-def _print_shards(shards: Any) -> None:
-    console.print(
-        f"{shards.folder}: {shards.num_samples} samples in {len(shards.shards)} shards, "
-        f"members {', '.join(shards.extensions)}, fingerprint {shards.fingerprint[:12]}"
-    )
+@bench_app.command("ema")
+def bench_ema(
+    json_file: Annotated[Path | None, typer.Option("--json", help="also write the table here")] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="alternated rounds of each")] = 21,
+) -> None:
+    """Time an update of the running mean of the weights against diffusers' EMAModel."""
+    from .bench import ema, show
+
+    show(ema(rounds=rounds), json_file, console)
 
 
 if __name__ == "__main__":

@@ -58,3 +58,15 @@ class Guided:
         inside = ((t >= low) & (t <= high)).to(x.dtype)
         scale = expand(1 + (self.scale - 1) * inside, x)
         return unconditional + scale * (conditional - unconditional)
+
+
+class InBf16:
+    """A velocity whose network has bf16 weights, between states of any precision."""
+
+    def __init__(self, inner: Velocity) -> None:
+        self.inner = inner
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return dx/dt (B, ...) in the precision of x (B, ...)."""
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            return self.inner.velocity(x, t, condition).to(x.dtype)

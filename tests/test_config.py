@@ -69,9 +69,9 @@ MISTAKES = {
     "(there are: data, ema, model, objective, optimizer, seed, strategy, teacher, training)",
     "training.step=3": "training.step: no such key; did you mean 'steps'? "
     "(there are: accumulation, attention, channels_last, compile, keep, log_every, non_finite, precision, "
-    "recompute_every, save_every, save_in_background, steps)",
+    "recompute_every, save_every, save_in_background, spike_factor, steps)",
     "teacher={run: r, guidence: 2}": "teacher.guidence: no such key; did you mean 'guidance'? "
-    "(there are: guidance, guidance_interval, run, weights)",
+    "(there are: guidance, guidance_interval, precision, run, shard, weights)",
     "model.widht=3": "model.widht: no such key; did you mean 'width'? "
     "(there are: channels, depth, num_classes, width)",
     "objective.conditon_dropout=.1": "objective.conditon_dropout: no such key; "

@@ -178,6 +178,47 @@ def test_the_mean_is_that_of_the_whole_master_copy(strategy, on_two):
     assert any(not torch.equal(weights[name], value) for name, value in saved.items())
 
 
+SETTINGS = {
+    "accumulation": (2, ["strategy.name=ddp", "training.accumulation=3"]),
+    "accumulation, sharded": (2, ["strategy.name=fsdp", "training.accumulation=2"]),
+    "accumulation, zero 2": (2, ["strategy.name=zero2", "training.accumulation=3"]),
+    "accumulation, zero 3": (2, ["strategy.name=zero3", "training.accumulation=2"]),
+    "groups of two": (4, ["strategy={name: fsdp, shard_size: 2}"]),
+    "groups of one": (2, ["strategy={name: fsdp, shard_size: 1}"]),
+    "offloaded": (2, ["strategy={name: fsdp, offload: true}"]),
+    "offloaded, zero 2": (2, ["strategy={name: zero2, offload: true}"]),
+    "offloaded, zero 3": (2, ["strategy={name: zero3, offload: true}"]),
+    "recomputed": (2, ["strategy.name=ddp", "training.recompute_every=1"]),
+    "recomputed, sharded": (2, ["strategy.name=fsdp", "training.recompute_every=1"]),
+    "recomputed, zero 3": (2, ["strategy.name=zero3", "training.recompute_every=2"]),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_that_change_no_result(name, folder, alone):
+    number, overrides = SETTINGS[name]
+    run = folder / name.replace(", ", "-").replace(" ", "-")
+    words = ("train", config_of(folder, "flow"), *overrides, "--out", run)
+    for command in launched(number, *words, logs=run):
+        command.succeeded()
+    assert_same_losses(run, alone("flow"))
+
+
+@pytest.mark.parametrize(("strategy", "shard"), [("ddp", False), ("fsdp", True), ("zero3", False)])
+def test_a_teacher_teaches_the_same_whole_or_sharded(strategy, shard, folder, alone):
+    teacher = f"teacher={{run: {alone('flow')}, shard: {str(shard).lower()}, guidance: 2}}"
+    config, one = config_of(folder, "semigradient"), folder / "taught-alone"
+    if not one.exists():
+        words = ("train", config, teacher.replace("true", "false"), "--out", one)
+        driftmap(*words, logs=folder / "taught-alone.logs").succeeded()
+    run = folder / f"taught-{strategy}"
+    words = ("train", config, teacher, f"strategy.name={strategy}", "--out", run)
+    for command in launched(2, *words, logs=run):
+        command.succeeded()
+    assert_same_losses(run, one)
+    assert read_losses(one)[1] != read_losses(alone("semigradient"))[1]
+
+
 # Going on, on another number of processes and under another strategy
 
 SAME = [(strategy, strategy, number) for strategy in STRATEGIES for number in (1, 2, 3)]

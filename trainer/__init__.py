@@ -2,8 +2,8 @@
 
 A run is a folder. `driftmap train CONFIG` checks the config (config.py, recipe.py), builds everything that
 trains (build.py) and enters the loop (loop.py): take a batch, ask the task for its losses, go backward,
-step; then the hooks, in order: EMA, log, stop, checkpoint, progress. The same command on the same folder
-goes on at the next sample.
+step; then the hooks, in order: EMA, stop, guard, log, checkpoint, progress. The same command on the same
+folder goes on at the next sample, on any number of processes, under any strategy.
 
     config.py      YAML and key=value overrides -> checked objects; every message names the key
     recipe.py      one frozen class per section; the rules across sections
@@ -12,10 +12,21 @@ goes on at the next sample.
     objective.py   what an objective is; the diagonal rule they share
     objectives/    one file per loss; the file's name is its name in a config
     tangent.py     derivatives along the target time: forward mode or finite difference
+    self_test.py   one batch shows that they are right where the run is
     times.py       distributions of t and of pairs (s, t)
     seeds.py       random numbers as a function of (seed, position, purpose)
     latents.py     posterior moments become scaled latents
-    optim.py  ema.py  strategy.py  checkpoint.py  hooks.py  log.py
+    optim.py       AdamW and its learning rate
+    world.py       the processes and what they tell each other
+    strategy.py    ddp, and what a strategy is; fully_sharded.py: fsdp; zero.py: zero1, zero2, zero3
+    compatibility.py   what does not go together
+    blocks.py      what is done to every repeated block: recomputing, compiling, attention
+    fragment.py    what a process holds of the parameters
+    ema.py         running means of fragments; posthoc.py: means of any width afterwards
+    pieces.py      fragments as files; checkpoint.py reads and restores them, saver.py writes them
+    guard.py       what happens where numbers are no numbers
+    hooks.py  log.py  progress.py
+    cost.py        bytes and operations of a recipe
     evaluate.py    quality against number of evaluations
     report.py      a run folder as one HTML page
 """

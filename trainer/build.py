@@ -9,6 +9,7 @@ import json
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,25 +21,29 @@ from torch import nn
 from ..data.batch import Batches, Stream, ordered
 from ..data.reader import Reader
 from ..data.shards import ShardSet, write_atomically
-from ..models.denoiser import Guided
+from ..models.denoiser import Guided, InBf16
 from ..models.flow_map import FlowMap, Velocity
 from .blocks import set_up_blocks
 from .checkpoint import CheckpointError, fingerprint, load_weights, newest, restore
 from .compatibility import check_compatibility
 from .config import ConfigError, plugin_class, split_name
 from .ema import Ema, kinds_of
+from .guard import Guard
 from .hooks import show_progress, stop_at_signals, update_ema
 from .latents import Preparation
 from .log import Journal
 from .loop import Run, Task
 from .optim import learning_rate
+from .posthoc import Snapshots
 from .recipe import NETWORKS, Recipe, TeacherSection, network_kind, resolved
 from .saver import Saver
+from .self_test import check_tangent
 from .strategy import strategy_of, trainable
 
 # What changes nothing about the weights, or only when training ends.
 MAY_CHANGE = re.compile(
-    r"strategy\.|training\.(steps|accumulation|save_every|save_in_background|keep|log_every|non_finite"
+    r"strategy\.|ema\.snapshot_every\."
+    r"|training\.(steps|accumulation|save_every|save_in_background|keep|log_every|non_finite|spike_factor"
     r"|recompute_every|compile|attention)\."
 )
 
@@ -47,8 +52,9 @@ def train(recipe: Recipe, folder: Path) -> Run:
     """Train a recipe in a run folder, going on from its last checkpoint; return the run as it ended."""
     run = build(recipe, folder)
     with run.batches, stop_at_signals(run) as stop, show_progress(run) as show:
+        saver = Saver()
         # The journal has to know of a stop, and comes before the checkpoint: see log.py.
-        run.hooks += [update_ema, stop, Journal(run), Saver(), show]
+        run.hooks += [update_ema, stop, Guard(saver), Journal(run), Snapshots(run), saver, show]
         run.train()
     return run
 
@@ -65,7 +71,7 @@ def build(recipe: Recipe, folder: Path) -> Run:
     if recipe.training.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     prepare = Preparation.of(shards.info, seed=recipe.seed, device=world.device)
-    teacher, teacher_weights = _teacher(recipe.teacher, shards, world.device)
+    teacher, teacher_weights = _teacher(recipe.teacher, shards, world.device, shard=strategy.shard_frozen)
     world.first(lambda: _check_recipe(recipe, folder))
     checkpoint = world.first(lambda: newest(folder))
     shapes = {name: tuple(parameter.shape) for name, parameter in trainable(model).items()}
@@ -94,6 +100,8 @@ def build(recipe: Recipe, folder: Path) -> Run:
     )
     if checkpoint:
         restore(run, checkpoint)
+    if recipe.objective.tangent.startswith("forward"):
+        check_tangent(strategy, task, next(ordered(shards, 8)))
     world.first(lambda: _write_run_files(recipe, network, folder))
     return run
 
@@ -104,7 +112,7 @@ def check_inputs(recipe: Recipe) -> None:
     model, network = _model(recipe)
     check_data(model, network, shards)
     check_compatibility(recipe, model)
-    _teacher(recipe.teacher, shards, torch.device("cpu"))
+    _teacher(recipe.teacher, shards, torch.device("cpu"), shard=None)
 
 
 def make_network(settings: dict[str, Any]) -> nn.Module:
@@ -119,7 +127,7 @@ def load_model(folder: Path, *, weights: str = "ema") -> nn.Module:
 
     Raises ConfigError where the folder is no run, CheckpointError where it has no checkpoint yet.
     """
-    network = _network(folder)
+    network = settings_of_run(folder)
     checkpoint = newest(folder)
     if checkpoint is None:
         raise CheckpointError(f"{folder} has no checkpoint yet; train it first")
@@ -147,7 +155,7 @@ def guided(model: FlowMap, scale: float, *, interval: tuple[float, float] = (0.0
     return Guided(model, scale, null_condition=model.null_condition, interval=interval)
 
 
-def _network(folder: Path) -> dict[str, Any]:
+def settings_of_run(folder: Path) -> dict[str, Any]:
     """Return the settings of a run's network."""
     file = folder / "network.json"
     if not file.is_file():
@@ -161,14 +169,18 @@ def _model(recipe: Recipe) -> tuple[nn.Module, dict[str, Any]]:
     """Return the model to train and its network's settings."""
     if "from_run" in recipe.model:
         source = Path(recipe.model["from_run"])
-        return load_model(source).train().requires_grad_(True), _network(source)
+        return load_model(source).train().requires_grad_(True), settings_of_run(source)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         return make_network(recipe.model), recipe.model
 
 
 def _teacher(
-    section: TeacherSection | None, shards: ShardSet, device: torch.device
+    section: TeacherSection | None,
+    shards: ShardSet,
+    device: torch.device,
+    *,
+    shard: Callable[[nn.Module], None] | None,
 ) -> tuple[Velocity | None, str | None]:
     """Return the velocity that teaches and the fingerprint of its weights."""
     if section is None:
@@ -178,9 +190,14 @@ def _teacher(
         raise ConfigError(
             f"teacher.run: {section.run} holds no flow map; give a run of a generative objective"
         )
-    check_data(model, _network(section.run), shards, name=f"the teacher {section.run}")
+    check_data(model, settings_of_run(section.run), shards, name=f"the teacher {section.run}")
+    weights = fingerprint(model)
+    if section.precision == "bf16":
+        model = model.bfloat16()
+    if section.shard and shard is not None:
+        shard(model.backbone)
     velocity = guided(model, section.guidance, interval=section.guidance_interval)
-    return velocity, fingerprint(model)
+    return InBf16(velocity) if section.precision == "bf16" else velocity, weights
 
 
 def check_data(

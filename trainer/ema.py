@@ -65,6 +65,7 @@ class Ema:
         self.kinds = kinds
         self.num_updates = 0
         self._live = [fragment.value for fragment in fragments]
+        self._single = all(value.dtype == torch.float32 for value in self._live)
         self.means = {
             name: [value.float().clone(memory_format=torch.preserve_format) for value in self._live]
             for name in kinds
@@ -73,7 +74,8 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         """Move the means towards the live weights; call it after each step that changed these, only then."""
-        live = [value.float() for value in self._live]
+        # Where the live weights are fp32 already, as under every strategy, nothing is made or looked at.
+        live = self._live if self._single else [value.float() for value in self._live]
         for name, kind in self.kinds.items():
             torch._foreach_lerp_(self.means[name], live, 1 - kind.keep(self.num_updates))
         self.num_updates += 1
@@ -100,21 +102,37 @@ class Ema:
 
 
 def reconstruction(stored: Sequence[tuple[int, float]], wanted: tuple[int, float]) -> list[float]:
-    """Return the weights of stored power means whose sum is nearest to the mean of another width.
+    """Return the weights, of sum 1, of stored power means whose sum is nearest to the mean of another width.
 
     Each is (updates, relative width). The nearest by the integral of the squared difference of the profiles
-    p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1), 0 <= tau <= t.
+    p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1), 0 <= tau <= t. The paper does not ask for the sum of 1;
+    without it the sum misses what does not change at all, which is most of a trained weight.
     """
-    times = np.array([time for time, _ in [*stored, wanted]], dtype=np.float64)
-    gammas = np.array([Power(width).gamma for _, width in [*stored, wanted]])
-    logs = _log_products(times, gammas)
-    products = np.exp(logs - logs.max())
-    return np.linalg.lstsq(products[:-1, :-1], products[:-1, -1], rcond=None)[0].tolist()
+    products, norms = _inner_products([*stored, wanted])
+    shares = norms[-1] / norms[:-1]
+    # The stationary point of the squared difference under the condition, with its multiplier.
+    system = np.block([[products[:-1, :-1], shares[:, None]], [shares[None], np.zeros((1, 1))]])
+    solution = np.linalg.lstsq(system, np.append(products[:-1, -1], 1.0), rcond=None)[0]
+    return (solution[:-1] * shares).tolist()
 
 
-def _log_products(times: np.ndarray, gammas: np.ndarray) -> np.ndarray:
-    """Return the logarithms of the inner products of all pairs of profiles."""
+def residual(
+    stored: Sequence[tuple[int, float]], wanted: tuple[int, float], weights: Sequence[float]
+) -> float:
+    """Return the norm of the wanted profile minus the weighted sum, relative to that of the wanted one."""
+    products, norms = _inner_products([*stored, wanted])
+    parts = np.append(np.array(weights) * norms[:-1] / norms[-1], -1.0)
+    return float(np.sqrt(max(parts @ products @ parts, 0.0)))
+
+
+def _inner_products(means: Sequence[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the inner products of all pairs of profiles, each divided by its norm, and the norms."""
+    times = np.array([time for time, _ in means], dtype=np.float64)
+    gammas = np.array([Power(width).gamma for _, width in means])
+    # Logarithms: a power of the time overflows.
     both = gammas[:, None] + gammas[None] + 1
     shorter = np.minimum(times[:, None], times[None])
     each = np.log(gammas + 1) - (gammas + 1) * np.log(times)
-    return each[:, None] + each[None] + both * np.log(shorter) - np.log(both)
+    logs = each[:, None] + each[None] + both * np.log(shorter) - np.log(both)
+    norms = np.diag(logs) / 2
+    return np.exp(logs - norms[:, None] - norms[None]), np.exp(norms)

@@ -52,8 +52,9 @@ class FullySharded(DataParallel):
 
     def shard(self, module: nn.Module) -> None:
         """Shard a module in place: its repeated blocks one by one, then what is left."""
-        offload = CPUOffloadPolicy() if self.section.offload else None
-        more: dict[str, Any] = {"mesh": self.mesh, **({"offload_policy": offload} if offload else {})}
+        more: dict[str, Any] = {"mesh": self.mesh}
+        if self.section.offload:
+            more["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
         # Blocks travel and compute in half precision, sums of gradients do not; all else stays fp32.
         half = MixedPrecisionPolicy(
             param_dtype=HALF.get(self.precision), reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -61,6 +62,12 @@ class FullySharded(DataParallel):
         for block in blocks(module):
             fully_shard(block, mp_policy=half, **more)
         fully_shard(module, **more)
+
+    def shard_frozen(self, module: nn.Module) -> None:
+        """Shard a network that is not trained on the same mesh."""
+        for block in blocks(module):
+            fully_shard(block, mesh=self.mesh)
+        fully_shard(module, mesh=self.mesh)
 
     def _fragments(self, model: nn.Module) -> list[Fragment]:
         return [self._fragment(name, parameter) for name, parameter in trainable(model).items()]
@@ -92,6 +99,9 @@ class FullySharded(DataParallel):
         assert isinstance(self.task, FSDPModule)
         self.task.set_requires_gradient_sync(now)
         return nullcontext()
+
+    def _local(self, tensor: Tensor) -> Tensor:
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         norm = super()._norm(gradients)

@@ -54,9 +54,9 @@ def show_progress(run: Run) -> Iterator[Hook]:
     with progress(run.folder.name, total, unit="steps", done=run.step) as update:
 
         def show(run: Run, losses: dict[str, Tensor]) -> None:
-            latest = run.latest
-            update(
-                run.step, f"loss {latest['loss']:.4f}  {latest['images_per_s']:.0f} img/s" if latest else ""
-            )
+            told = run.latest
+            # A line whose losses were none of them finite has no loss.
+            loss = f"loss {told['loss']:.4f}  " if "loss" in told else ""
+            update(run.step, f"{loss}{told['images_per_s']:.0f} img/s" if told else "")
 
         yield show

@@ -1,13 +1,16 @@
 """What a run tells: means over all samples since the last line, as JSONL and for TensorBoard; warnings.
 
 A line is written wherever a run can go on from, too: no sample is left out of the log of a run that was
-stopped, and nothing is saved that is not finite.
+stopped. What is not finite is left out of the means; guard.py tells of it.
 """
 
 import io
 import json
 import os
+import re
+import resource
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,15 @@ from .loop import Run
 from .world import World
 
 NUM_TIME_BINS = 5
+# By the name that CUDA gives: NVIDIA's data sheets of these GPUs, where they say "with sparsity" half of it.
+PEAK_TFLOPS = {
+    r"\bA100\b": 312.0,
+    r"\bH100 PCIe\b": 756.0,  # 1,513 with sparsity
+    r"\bH100 80GB HBM3\b": 989.0,  # SXM: 1,979 with sparsity
+    r"\bH200$": 989.0,  # SXM: 1,979 with sparsity
+    r"\bL40S\b": 362.0,  # 733 with sparsity
+    r"\bRTX 4090$": 165.2,  # accumulating in fp32; 330.4 with sparsity
+}
 
 
 class Means:
@@ -36,13 +48,15 @@ class Means:
 
     @torch.no_grad()
     def add(self, losses: dict[str, Tensor]) -> None:
-        """Add a micro step's losses; `error` (B,) with `time` (B,) is also kept by time bin `error_t0` ..."""
+        """Add a micro step's finite losses; `error` (B,) with `time` (B,) also by time bin `error_t0` ..."""
         for name, value in losses.items():
-            if name != "time":
-                self._accumulate(name, value.double().sum(), torch.tensor(value.numel(), device=value.device))
+            if name not in ("time", "index"):
+                finite = torch.isfinite(value)
+                self._accumulate(name, torch.where(finite, value, 0.0).double().sum(), finite.sum())
         if "error" in losses and "time" in losses:
-            bins = (losses["time"] * NUM_TIME_BINS).long().clamp(0, NUM_TIME_BINS - 1)
-            sums = torch.bincount(bins, weights=losses["error"].double(), minlength=NUM_TIME_BINS)
+            finite = torch.isfinite(losses["error"])
+            bins = (losses["time"] * NUM_TIME_BINS).long().clamp(0, NUM_TIME_BINS - 1)[finite]
+            sums = torch.bincount(bins, weights=losses["error"][finite].double(), minlength=NUM_TIME_BINS)
             self._accumulate("error_t", sums, torch.bincount(bins, minlength=NUM_TIME_BINS))
 
     def _accumulate(self, name: str, total: Tensor, count: Tensor) -> None:
@@ -69,13 +83,15 @@ class Means:
 class Journal:
     """A hook that writes a line every `log_every` steps: losses, rates, gradient norm, waiting for data.
 
-    Every process takes part; the first one writes, and tells how long it waited itself.
+    Every process takes part; the first one writes, and tells of itself how long it waited, what it achieves
+    and the most memory it has held (on a GPU what torch allocated, on a CPU all of the process).
     """
 
     def __init__(self, run: Run) -> None:
         self.file = run.folder / "log.jsonl"
         self.board: Board | None = None
         self.means = Means()
+        self.flops: float | None = None  # of a sample, counted when the first line is due
         self.started = time.monotonic()
         self._mark(run)
         run.strategy.world.first(lambda: self._open(run))
@@ -97,24 +113,34 @@ class Journal:
     def _tell(self, run: Run) -> None:
         elapsed = time.monotonic() - self.since
         values: dict[str, Any] = self.means.take(run.strategy.world)
-        assert run.strategy.grad_norm is not None
+        if run.strategy.grad_norm is not None:
+            values["grad_norm"] = run.strategy.grad_norm  # of the last step that changed the weights
         values |= {
-            "grad_norm": run.strategy.grad_norm,
             "learning_rate": run.learning_rate(run.step - 1),
-            "images_per_s": (run.step - self.step) * run.recipe.data.batch_size / elapsed,
+            **self._rates(run, (run.step - self.step) * run.recipe.data.batch_size / elapsed),
             "data_wait_percent": 100 * (run.batches.wait_s - self.waited_s) / elapsed,
             "time_s": time.monotonic() - self.started,
         }
         self._mark(run)
         run.strategy.world.first(lambda: self._write(run, values))
         run.latest = values
-        if not torch.isfinite(torch.tensor([values["loss"], values["grad_norm"]])).all():
-            keys = ", ".join(run.batches.keys_of(torch.arange(max(0, run.samples - 8), run.samples)))
-            raise FloatingPointError(
-                f"loss {values['loss']} and gradient norm {values['grad_norm']} at step {run.step} are not "
-                f"finite (last samples: {keys}). Checkpoints on disk are intact; "
-                "lower optimizer.lr, or set optimizer.clip_norm"
-            )
+
+    def _rates(self, run: Run, images_per_s: float) -> dict[str, float]:
+        """Return samples a second, and what this process achieves and holds.
+
+        `tflops` are those the loss needs (what is computed again does not count), `mfu_percent` is their
+        share of the GPU's dense bf16 peak, whatever the precision. Source: Chowdhery et al., "PaLM", 2022,
+        appendix B.
+        """
+        mine, device = images_per_s / run.strategy.world.size, run.strategy.world.device
+        rates = {"images_per_s": images_per_s, "images_per_s_per_process": mine}
+        self.flops = _flops(run) if self.flops is None else self.flops
+        if self.flops:
+            rates["tflops"] = mine * self.flops / 1e12
+            peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+            if peak is not None:
+                rates["mfu_percent"] = 100 * rates["tflops"] / peak
+        return {**rates, "peak_memory_bytes": _peak_memory_bytes(device)}
 
     def _write(self, run: Run, values: dict[str, Any]) -> None:
         line = json.dumps({"step": run.step, "samples": run.samples, **values})
@@ -147,6 +173,30 @@ class Board:
         record = io.BytesIO()
         RecordWriter(record).write(event.SerializeToString())
         _append(self.file, record.getvalue())
+
+
+def _flops(run: Run) -> float:
+    """Return the operations of a sample, or 0 where they cannot be counted: no run fails for that."""
+    from .cost import flops  # it makes networks by build.py, which imports this file
+
+    try:
+        return flops(run.recipe)
+    except Exception as error:
+        if run.strategy.world.rank == 0:
+            warn(f"the log has no tflops, as the operations of this loss cannot be counted: {error!r}")
+        return 0.0
+
+
+def peak_tflops(gpu: str) -> float | None:
+    """Return the dense bf16 peak of a GPU in 10^12 operations a second, where its name is known."""
+    return next((peak for form, peak in PEAK_TFLOPS.items() if re.search(form, gpu)), None)
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _append(file: Path, data: bytes) -> None:

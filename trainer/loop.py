@@ -21,6 +21,8 @@ from .strategy import DataParallel
 class Task(nn.Module):
     """A model and its objective: the module that is wrapped, so that DDP sees one forward a step."""
 
+    objective: Objective
+
     def __init__(
         self,
         model: nn.Module,

@@ -2,7 +2,8 @@
 
 Its fields are its configuration, checked when it is made; `objective(model, batch, teacher)` returns a dict
 with `loss`, the scalar to minimise, and anything worth logging: `error` (B,), the unweighted error of each
-sample, with `time` (B,), the time it was made at, are logged by time bin. An objective never sees a config,
+sample, with `time` (B,), the time it was made at, are logged by time bin; with `index` (B,), its position in
+the data stream, the sample is named where its error is not finite. An objective never sees a config,
 an optimizer or a rank, and draws every random number from `batch.random`.
 
 A new objective is a new file in objectives/; the file's name in CamelCase is its class (`my_loss.py`:
@@ -92,13 +93,14 @@ def diagonal_error(model: FlowMap, path: Path, batch: Batch, t: Tensor, teacher:
     return mean_square(model.velocity(x, t, batch.condition) - velocity)
 
 
-def joined(jump: Tensor, diagonal: Tensor, *, time: Tensor) -> dict[str, Tensor]:
+def joined(jump: Tensor, diagonal: Tensor, *, time: Tensor, index: Tensor) -> dict[str, Tensor]:
     """Return the losses of a batch from the errors of its jumps and of its diagonal samples, jumps first."""
     error = torch.cat([jump, diagonal])
     return {
         "loss": error.mean(),
         "error": error,
         "time": time,
+        "index": index,
         "error_jump": jump,
         "error_diagonal": diagonal,
     }

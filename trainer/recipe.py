@@ -27,6 +27,7 @@ NETWORKS = backbones.__name__
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+MAX_WIDTH = 0.28  # of a power mean: at 12^-1/2 = 0.289 all steps count the same
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -44,6 +45,8 @@ class TeacherSection:
 
     run: Path
     weights: Literal["ema", "model"] = "ema"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    shard: bool = False  # among the processes of strategy fsdp, as the student is; else every one holds it
     guidance: Annotated[float, Field(ge=0)] = 1.0
     guidance_interval: tuple[Share, Share] = (0.0, 1.0)
 
@@ -66,7 +69,8 @@ class EmaSection:
 
     decay: Decay = 0.999
     more_decays: tuple[Decay, ...] = ()
-    power_widths: tuple[Annotated[float, Field(gt=0, lt=0.28)], ...] = ()
+    power_widths: tuple[Annotated[float, Field(gt=0, lt=MAX_WIDTH)], ...] = ()
+    snapshot_every: Positive | None = None  # keep the power means of these steps, see posthoc.py
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -106,6 +110,7 @@ class TrainingSection:
     keep: Positive = 2
     log_every: Positive = 10
     non_finite: Literal["raise", "skip", "rollback"] = "raise"  # see guard.py
+    spike_factor: Annotated[float, Field(gt=1)] | None = 4.0  # times the usual loss: a warning
     recompute_every: Positive | None = None  # activations of every n-th block are made again in the backward
     compile: bool = False  # torch.compile, block by block
     attention: Attention = "sdpa"
@@ -164,6 +169,11 @@ def check_across_sections(recipe: Recipe) -> None:
         raise ConfigError(
             f"teacher: the objective {objective_name(objective)!r} has no use for one; remove it"
         )
+    if recipe.teacher is not None and recipe.teacher.shard and recipe.strategy.name != "fsdp":
+        raise ConfigError(
+            f"teacher.shard: a teacher is sharded as a student is, by fsdp; strategy.name is "
+            f"{recipe.strategy.name!r}. Set it to fsdp, or teacher.shard to false"
+        )
     dropout = getattr(objective, "condition_dropout", 0)
     if dropout and recipe.model.get("num_classes") == 0:
         raise ConfigError(
@@ -174,6 +184,11 @@ def check_across_sections(recipe: Recipe) -> None:
         raise ConfigError(
             f"training.accumulation: {recipe.training.accumulation} does not divide "
             f"data.batch_size {recipe.data.batch_size}"
+        )
+    if recipe.ema.snapshot_every is not None and not recipe.ema.power_widths:
+        raise ConfigError(
+            f"ema.snapshot_every: {recipe.ema.snapshot_every} has no effect without power means; "
+            "set ema.power_widths, such as [0.05, 0.1], or remove it"
         )
     if recipe.optimizer.warmup_steps >= recipe.training.steps:
         raise ConfigError(

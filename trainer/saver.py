@@ -49,34 +49,61 @@ class _Part:
 
 
 class Saver:
-    """A hook that saves when a period ends, at the last step, and where a stop was asked."""
+    """A hook that saves when a period ends, at the last step, and where a stop was asked.
+
+    What is saved, when and where is said by `place`, `due`, `kinds`, `state` and `prune`: see posthoc.py.
+    """
+
+    place = "checkpoints"
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._part: _Part | None = None
-        self._name = ""
+        self._folder = Path()
+
+    def due(self, run: Run) -> bool:
+        """Return whether to save after this step."""
+        return run.save_due
+
+    def kinds(self, run: Run) -> list[str]:
+        """Return the kinds of tensors to save."""
+        return ["model", "optimizer", *run.ema.means]
+
+    def state(self, run: Run) -> dict[str, Any]:
+        """Return what state.json is to hold."""
+        return _state(run)
+
+    def prune(self, run: Run) -> None:
+        """Remove what the folder just saved makes superfluous."""
+        for old in folders(run.folder)[: -run.recipe.training.keep]:
+            remove(old)
 
     def __call__(self, run: Run, losses: dict[str, Tensor]) -> None:
         """Finish the save under way if its files are written; begin one where it is due."""
         if not run.strategy.stepped:
             return
-        self._finish(run, wait=run.save_due)
-        if run.save_due:
+        due = self.due(run)
+        self._look(run, wait=due or run.save_due)
+        if due:
             self.begin(run)
             ends = run.finished or run.stop_asked or not run.recipe.training.save_in_background
-            self._finish(run, wait=ends)
+            self._look(run, wait=ends)
 
     def begin(self, run: Run) -> None:
         """Copy what this process holds to the CPU and let a thread write it."""
-        self._name = f"step-{run.step:08d}"
-        aside = run.folder / "checkpoints" / f"{self._name}.tmp"
+        self._folder = run.folder / self.place / f"step-{run.step:08d}"
+        aside = self._folder.with_suffix(".tmp")
         run.strategy.world.first(lambda: _start(run, aside))
-        state = _state(run) if run.strategy.world.rank == 0 else None
-        self._part = _Part(aside, _pieces(run), state)
+        state = self.state(run) if run.strategy.world.rank == 0 else None
+        self._part = _Part(aside, _pieces(run, self.kinds(run)), state)
         self._thread = threading.Thread(target=self._part.write, name="checkpoint")
         self._thread.start()
 
-    def _finish(self, run: Run, *, wait: bool) -> None:
+    def finish(self, run: Run) -> None:
+        """Wait for the save under way, if there is one; every process must call."""
+        self._look(run, wait=True)
+
+    def _look(self, run: Run, *, wait: bool) -> None:
         """Give the folder its name if every process has written its part; raise where one could not."""
         if self._thread is None or self._part is None:
             return
@@ -92,15 +119,19 @@ class Saver:
             self._thread = self._part = None
             digests = {name: digest for _, part, _ in parts for name, digest in part.items()}
             problems = [problem for _, _, problem in parts if problem is not None]
-            run.strategy.world.first(lambda: _commit(run, self._name, digests, problems))
+            run.strategy.world.first(lambda: self._commit(run, digests, problems))
+
+    def _commit(self, run: Run, digests: dict[str, Any], problems: list[str]) -> None:
+        _commit(run, self._folder, digests, problems)
+        self.prune(run)
 
 
 def save(run: Run) -> Path:
     """Write the run's checkpoint of its present step and prune old ones; return its folder."""
     saver = Saver()
     saver.begin(run)
-    saver._finish(run, wait=True)
-    return run.folder / "checkpoints" / saver._name
+    saver.finish(run)
+    return saver._folder
 
 
 def _start(run: Run, aside: Path) -> None:
@@ -113,10 +144,9 @@ def _start(run: Run, aside: Path) -> None:
         raise _cannot_save(run, aside, str(error)) from error
 
 
-def _commit(run: Run, name: str, digests: dict[str, Any], problems: list[str]) -> None:
-    """Write the manifest, sync, rename, and prune; on any failure leave what was there."""
-    root = run.folder / "checkpoints"
-    aside, final = root / f"{name}.tmp", root / name
+def _commit(run: Run, final: Path, digests: dict[str, Any], problems: list[str]) -> None:
+    """Write the manifest, sync and rename; on any failure leave what was there."""
+    aside = final.with_suffix(".tmp")
     try:
         if problems:
             raise OSError(problems[0])
@@ -124,14 +154,12 @@ def _commit(run: Run, name: str, digests: dict[str, Any], problems: list[str]) -
         _sync(aside / "manifest.json")
         _sync(aside)
         if final.exists():  # it is damaged, or the run would have gone on from it
-            _remove(final)
+            remove(final)
         os.rename(aside, final)
-        _sync(root)
+        _sync(final.parent)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise _cannot_save(run, final, str(error)) from error
-    for old in folders(run.folder)[: -run.recipe.training.keep]:
-        _remove(old)
 
 
 def _cannot_save(run: Run, folder: Path, problem: str) -> CheckpointError:
@@ -142,8 +170,8 @@ def _cannot_save(run: Run, folder: Path, problem: str) -> CheckpointError:
     )
 
 
-def _remove(folder: Path) -> None:
-    """Delete a checkpoint under another name, so that no half of it is ever taken for one."""
+def remove(folder: Path) -> None:
+    """Delete what was saved under another name, so that no half of it is ever taken for a whole."""
     removed = folder.with_suffix(".removed")
     os.rename(folder, removed)
     shutil.rmtree(removed)
@@ -161,15 +189,16 @@ def _state(run: Run) -> dict[str, Any]:
     }
 
 
-def _pieces(run: Run) -> dict[str, list[Piece]]:
-    """Return copies of all that this process writes, by file name."""
+def _pieces(run: Run, names: list[str]) -> dict[str, list[Piece]]:
+    """Return copies of all that this process writes of kinds of tensors, by file name."""
     rank, size = run.strategy.world.rank, run.strategy.world.size
-    kinds: dict[str, list[Piece]] = {"model": [], "optimizer": [], **{name: [] for name in run.ema.means}}
+    kinds: dict[str, list[Piece]] = {name: [] for name in names}
     for number, fragment in enumerate(run.strategy.fragments):
         if fragment.writes:
             for kind, name, values in tensors_of(run, number, fragment):
-                kinds[kind].append(Piece(name, fragment.shape, fragment.start, values).copied())
-    if rank == 0:
+                if kind in kinds:
+                    kinds[kind].append(Piece(name, fragment.shape, fragment.start, values).copied())
+    if rank == 0 and "model" in kinds:
         kinds["model"] += [Piece(name, tuple(b.shape), 0, b).copied() for name, b in buffers_of(run.model)]
     return {file_name(kind, rank, size): pieces for kind, pieces in kinds.items()}
 

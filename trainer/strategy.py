@@ -51,6 +51,8 @@ class DataParallel:
         self.grad_norm: float | None = None  # of the last step, before clipping
         self.stepped = False  # whether the last micro step completed a step
         self.applied = False  # whether that step changed the weights: its gradient was finite
+        self.overflowed = False  # whether it was not finite while fp16 losses were scaled up
+        self.bad_gradients: dict[str, list[Tensor]] = {}  # of the last step that was not finite, by name
         self._micro_steps = 0
         self._good_steps = 0
         self._connect()
@@ -61,6 +63,7 @@ class DataParallel:
     def prepare(self, task: nn.Module, model: nn.Module, section: OptimizerSection) -> None:
         """Wrap the task, make the optimizer and check that what was asked for is in force."""
         self.task = self._wrapped(task.to(self.world.device), model)
+        self.parameters = trainable(model)
         self.optimizer = adamw(section, model)
         start_moments(self.optimizer)
         self.fragments = self._fragments(model)
@@ -69,8 +72,13 @@ class DataParallel:
     def _wrapped(self, task: nn.Module, model: nn.Module) -> nn.Module:
         if self.world.size == 1:
             return task
-        on_gpu = self.world.device.type == "cuda"
-        return DistributedDataParallel(task, device_ids=[self.world.device] if on_gpu else None)
+        devices = [self.world.device] if self.world.device.type == "cuda" else None
+        # Gradients are views of the buckets they travel in, not copies.
+        return DistributedDataParallel(task, device_ids=devices, gradient_as_bucket_view=True)
+
+    def shard_frozen(self, module: nn.Module) -> None:
+        """Shard a network that is not trained, such as a teacher; only some strategies can."""
+        raise NotImplementedError("only fsdp shards a frozen network")
 
     def _fragments(self, model: nn.Module) -> list[Fragment]:
         return [
@@ -117,15 +125,23 @@ class DataParallel:
         if self.scale != 1:
             torch._foreach_mul_(gradients, 1 / self.scale)
         norm = self._norm(gradients)
-        self.grad_norm = norm.item()
         self.applied = bool(torch.isfinite(norm))
+        self.overflowed = not self.applied and self.scale > 1
         if self.applied:
+            self.grad_norm = norm.item()
             if self.clip_norm is not None:
                 nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
             set_learning_rate(self.optimizer, learning_rate)
             self.optimizer.step()
+        else:
+            grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+            self.bad_gradients = {name: [self._local(grad)] for name, grad in grads.items()}
         self.optimizer.zero_grad(set_to_none=True)
         self._rescale()
+
+    def _local(self, tensor: Tensor) -> Tensor:
+        """Return what this process holds of a tensor that is laid out like a parameter."""
+        return tensor
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         return nn.utils.get_total_norm(gradients)

@@ -8,6 +8,7 @@ Source: Rajbhandari et al., "ZeRO", 2020; facts about DeepSpeed 0.19.8 from its 
 """
 
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,6 +27,7 @@ from .recipe import OptimizerSection, Recipe
 from .strategy import DataParallel, set_learning_rate, trainable
 from .world import World
 
+BUCKET = 50_000_000  # elements of the buffer that collects gradients; DeepSpeed's default takes 2 GB
 LAUNCHED_ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 
 
@@ -47,6 +49,8 @@ class Zero(DataParallel):
                 f"strategy.name: zero{self.stage} needs DeepSpeed; pip install 'driftmap[deepspeed]'"
             ) from error
         deepspeed.utils.logger.setLevel("WARNING")
+        # DeepSpeed (0.19.8) calls torch.distributed by names that torch (2.13) has renamed.
+        warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
         on_gpus = torch.cuda.is_available()
         if not on_gpus:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -78,6 +82,7 @@ class Zero(DataParallel):
             "steps_per_print": 2**60,
             "zero_optimization": {
                 "stage": self.stage,
+                "reduce_bucket_size": BUCKET,
                 # A custom autograd.Function without a forward-mode rule.
                 "memory_efficient_linear": False,
                 # A block's parameters travel together, so the small ones cost nothing extra.
@@ -107,11 +112,12 @@ class Zero(DataParallel):
             engine.zero_optimization_stage(),
             engine.gradient_clipping(),
             engine.gradient_accumulation_steps(),
+            engine.zero_use_cpu_optimizer(),
         )
-        asked = (self.stage, self.clip_norm or 0.0, self.accumulation)
+        asked = (self.stage, self.clip_norm or 0.0, self.accumulation, self.offload)
         if found != asked:
             raise RuntimeError(
-                f"asked DeepSpeed for stage, clipping and accumulation {asked}; in force is {found}"
+                f"asked DeepSpeed for stage, clipping, accumulation and offload {asked}; in force is {found}"
             )
 
     def _moments(self, flat: Tensor) -> dict[str, Any]:
@@ -171,7 +177,8 @@ class Zero(DataParallel):
         self.engine.step()
         if self.stepped:
             self.applied = not self._zero.overflow
-            self.grad_norm = float(self._zero._global_grad_norm)
+            if self.applied:
+                self.grad_norm = float(self._zero._global_grad_norm)
 
     @property
     def num_updates(self) -> int:

@@ -14,8 +14,9 @@ class Block(Stage):
     def __init__(self, width: int) -> None:
         super().__init__()
         # GroupNorm(1, ...) is layer norm, with the right gradient of its forward-mode derivative: see dit.py.
+        # With weights of its own that derivative had another dtype under autocast (torch 2.13 on CPUs).
         self.layers = nn.Sequential(
-            nn.GroupNorm(1, width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)
+            nn.GroupNorm(1, width, affine=False), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)
         )
 
     def compute(self, hidden: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ class Autoencoder:
         divergence = gaussian.kl() / latents[0].numel()
         return {
             "loss": (error + self.kl_weight * divergence).mean(),
-            "error_reconstruction": error,
+            "error": error,
+            "index": batch.random.index,
             "divergence": divergence,
         }

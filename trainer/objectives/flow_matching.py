@@ -34,4 +34,4 @@ class FlowMatching:
         batch = batch.with_condition_dropped(self.condition_dropout, null=model.null_condition)
         t = self.times.sample(batch.random).to(batch.data.dtype)
         error = diagonal_error(model, self.path, batch, t, teacher)
-        return {"loss": error.mean(), "error": error, "time": t}
+        return {"loss": error.mean(), "error": error, "time": t, "index": batch.random.index}

@@ -50,7 +50,8 @@ class Lagrangian:
         jumps = t < s
         diagonal = diagonal_error(model, self.path, batch.take(~jumps), s[~jumps], teacher)
         jump = self.jump_error(model, batch.take(jumps), s[jumps], t[jumps], teacher or model)
-        return joined(jump, diagonal, time=torch.cat([s[jumps], s[~jumps]]))
+        order = torch.cat([jumps.nonzero(), (~jumps).nonzero()]).squeeze(1)
+        return joined(jump, diagonal, time=s[order], index=batch.random.index[order])
 
     def jump_error(self, model: FlowMap, batch: Batch, s: Tensor, t: Tensor, velocity: Velocity) -> Tensor:
         """Return the squared residual of the Lagrangian equation, a sample (B,)."""
