@@ -163,3 +163,28 @@ def test_a_jump_of_the_loss_is_told_once(points, tmp_path):
     assert found[0]["step"] in (15, 16) and found[0]["loss"] > 10 * found[0]["usual_loss"]
     driftmap("train", config, "--out", tmp_path / "calm", logs=tmp_path / "calm.logs").succeeded()
     assert not (tmp_path / "calm" / "incidents.jsonl").exists()
+
+
+def test_in_fp16_a_loss_that_is_scaled_too_much_is_scaled_less(points, tmp_path):
+    """A first scale of 2^40 overflows some twenty times; these steps are no incidents, and the run learns."""
+    config = write_config(
+        tmp_path / "config.yaml",
+        points,
+        training__precision="fp16",
+        training__steps=60,
+        optimizer={"lr": 3e-3},
+    )
+    run = tmp_path / "run"
+    words = ("train", config, "--out", run)
+    driftmap(*words, logs=tmp_path / "run.logs", before=scale_far_too_much).succeeded()
+    state = newest(run).state
+    assert 2**10 < state["loss_scale"] < 2**30 and not (run / "incidents.jsonl").exists()
+    assert 30 < state["optimizer_updates"] == state["ema_updates"] < 60
+    losses = read_losses(run)
+    assert losses[60]["loss"] < 0.95 * losses[1]["loss"]
+
+
+def scale_far_too_much():
+    from driftmap.trainer import strategy
+
+    strategy.FP16_SCALE = 2.0**40

@@ -1,6 +1,7 @@
 """Any strategy on any number of processes trains what one trains, and goes on where another stopped."""
 
 import functools
+import json
 import shutil
 
 import numpy as np
@@ -217,6 +218,46 @@ def test_a_teacher_teaches_the_same_whole_or_sharded(strategy, shard, folder, al
         command.succeeded()
     assert_same_losses(run, one)
     assert read_losses(one)[1] != read_losses(alone("semigradient"))[1]
+
+
+def evaluate_the_mean(file, rank):
+    """Let a process write a batch's losses with its weights, with their mean, and with its weights again."""
+    from driftmap.trainer import build
+
+    train = build.train
+
+    def train_and_evaluate(recipe, folder):
+        run = train(recipe, folder)
+        with build.Batches(run.shards, build.Stream(12, seed=5)) as batches:
+            samples = next(batches)
+        losses = [loss_of(run, samples)]
+        with run.ema.swapped_in(refresh=run.strategy.refresh):
+            losses.append(loss_of(run, samples))
+        losses.append(loss_of(run, samples))
+        file.with_name(f"{file.name}-{rank}.json").write_text(json.dumps(losses))
+        return run
+
+    build.train = train_and_evaluate
+
+
+def loss_of(run, samples):
+    with torch.no_grad():
+        return run.strategy.task(samples)["loss"].item()
+
+
+def test_the_mean_is_swapped_in_for_an_evaluation_and_out_again(folder):
+    config, losses = config_of(folder, "flow"), {}
+    for number, strategy in [(1, "ddp"), *((2, strategy) for strategy in STRATEGIES)]:
+        run = folder / f"swapped-{number}-{strategy}"
+        words = ("train", config, f"strategy.name={strategy}", "training.steps=4", "--out", run)
+        for command in launched(number, *words, logs=run, before=functools.partial(evaluate_the_mean, run)):
+            command.succeeded()
+        for rank in range(number):
+            losses[strategy, rank, number] = json.loads(run.with_name(f"{run.name}-{rank}.json").read_text())
+    live, mean, again = expected = losses["ddp", 0, 1]
+    assert live == again and abs(live - mean) > 1e-3 * live
+    for found in losses.values():
+        assert found == pytest.approx(expected, rel=TOLERANCE) and found[0] == found[2]
 
 
 # Going on, on another number of processes and under another strategy

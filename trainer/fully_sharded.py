@@ -100,6 +100,12 @@ class FullySharded(DataParallel):
         self.task.set_requires_gradient_sync(now)
         return nullcontext()
 
+    def refresh(self) -> None:
+        """Let the model hold what the fragments hold, after they were written from outside."""
+        for module in self.task.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # an evaluation leaves what is not in a block gathered
+
     def _local(self, tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

@@ -196,6 +196,7 @@ class Zero(DataParallel):
         if self.stage < 3:
             self._zero.update_lp_params()
             return
+        self._zero._partition_all_parameters()  # an evaluation leaves some of them gathered
         for number, flat in enumerate(self._zero.fp32_partitioned_groups_flat):
             self._zero.fp16_partitioned_groups_flat[number].data.copy_(flat.data)
             self._zero._unflatten_partitioned_parameters(number)
