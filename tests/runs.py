@@ -137,13 +137,13 @@ def write_config(file: Path, shards: Path, **changes: object) -> Path:
 
 def read_losses(folder: Path) -> dict[int, dict[str, float]]:
     """Return what a run logged, by step, without what the clock says."""
-    from driftmap.trainer.log import read_log
+    from driftmap.trainer.report import read_log
 
     clock = ("images_per_s", "images_per_s_per_process", "tflops", "mfu_percent", "peak_memory_bytes")
     clock += ("data_wait_percent", "time_s")
     return {
         line["step"]: {name: value for name, value in line.items() if name not in clock}
-        for line in read_log(folder / "log.jsonl")
+        for line in read_log(folder / "log.jsonl")[0]
     }
 
 

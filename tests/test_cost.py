@@ -21,9 +21,10 @@ from driftmap.trainer.blocks import set_attention
 from driftmap.trainer.build import make_network
 from driftmap.trainer.config import read_config
 from driftmap.trainer.latents import Preparation
-from driftmap.trainer.log import peak_tflops, read_log
+from driftmap.trainer.log import peak_tflops
 from driftmap.trainer.loop import Task
 from driftmap.trainer.recipe import recipe_from
+from driftmap.trainer.report import read_log
 from runs import checkpoints, driftmap, launched, write_config
 
 STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
@@ -285,7 +286,7 @@ def test_the_log_tells_what_a_process_achieves(tmp_path):
     commands = launched(2, "train", config, "--out", tmp_path / "run", logs=tmp_path / "run")
     assert all(command.succeeded() for command in commands)
     flops = cost.flops(recipe_from(read_config(config)))
-    for line in read_log(tmp_path / "run" / "log.jsonl"):
+    for line in read_log(tmp_path / "run" / "log.jsonl")[0]:
         assert line["images_per_s_per_process"] == line["images_per_s"] / 2
         assert line["tflops"] == pytest.approx(line["images_per_s"] / 2 * flops / 1e12)
         assert "mfu_percent" not in line

@@ -227,13 +227,3 @@ def _end_last_line(file: Path) -> None:
         if whole < len(text):
             with file.open("r+b") as stream:
                 stream.truncate(whole)
-
-
-def read_log(file: Path) -> list[dict[str, Any]]:
-    """Return the lines of a log in order of step; after a resume the later line of a step wins."""
-    lines: dict[int, dict[str, Any]] = {}
-    for text in file.read_text().splitlines(keepends=True):
-        if text.endswith("\n"):
-            line = json.loads(text)
-            lines[line["step"]] = line
-    return [lines[step] for step in sorted(lines)]
