@@ -49,6 +49,8 @@ class Zero(DataParallel):
                 f"strategy.name: zero{self.stage} needs DeepSpeed; pip install 'driftmap[deepspeed]'"
             ) from error
         deepspeed.utils.logger.setLevel("WARNING")
+        # A kernel for CPU inference, which DeepSpeed (0.19.8) would compile for a minute at its first start.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # DeepSpeed (0.19.8) calls torch.distributed by names that torch (2.13) has renamed.
         warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
         on_gpus = torch.cuda.is_available()
