@@ -88,6 +88,7 @@ def train(
 
     folder = out or Path("runs") / config.stem
     run = run_training(recipe, folder)
+    console.quiet = run.strategy.world.rank != 0
     if not run.finished:
         console.print(
             f"stopped and saved at step {run.step} of {folder}; the same command goes on from there"

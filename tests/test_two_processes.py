@@ -60,8 +60,8 @@ def test_two_processes_are_one(accumulation, points, tmp_path):
         tmp_path / "config.yaml", points, training__steps=4, training__accumulation=accumulation
     )
     one, two = tmp_path / "one", tmp_path / "two"
-    for command in on_two(config, two):
-        command.succeeded()
+    first, second = (command.succeeded() for command in on_two(config, two))
+    assert "step 4 of 4" in first.stdout and second.stdout == "", "one process tells for all"
     driftmap("train", config, "--out", one, logs=tmp_path / "one.logs").succeeded()
     held = [load_file(tmp_path / f"two-{rank}.safetensors") for rank in "01"]
     saved = Pieces(two / "checkpoints" / STEP, "model").all()

@@ -49,9 +49,10 @@ def stop_at_signals(run: Run) -> Iterator[Hook]:
 
 @contextmanager
 def show_progress(run: Run) -> Iterator[Hook]:
-    """Yield a hook that shows the steps, their rate and the last logged loss."""
+    """Yield a hook that shows the steps, their rate and the last logged loss, on the first process."""
     total = run.recipe.training.steps
-    with progress(run.folder.name, total, unit="steps", done=run.step) as update:
+    first = run.strategy.world.rank == 0
+    with progress(run.folder.name, total, unit="steps", done=run.step, shown=first) as update:
 
         def show(run: Run, losses: dict[str, Tensor]) -> None:
             told = run.latest

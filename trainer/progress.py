@@ -25,7 +25,9 @@ class RateColumn(ProgressColumn):
 
 
 @contextmanager
-def progress(name: str, total: int, *, unit: str, done: int = 0) -> Iterator[Callable[..., None]]:
+def progress(
+    name: str, total: int, *, unit: str, done: int = 0, shown: bool = True
+) -> Iterator[Callable[..., None]]:
     """Yield a function `(done, note="")` that moves a bar named `name` towards `total`."""
     columns = (
         TextColumn("{task.description}"),
@@ -36,7 +38,7 @@ def progress(name: str, total: int, *, unit: str, done: int = 0) -> Iterator[Cal
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns) as bar:
+    with Progress(*columns, disable=not shown) as bar:
         task = bar.add_task(name, total=total, completed=done, note="")
 
         def update(done: int, note: str = "") -> None:
