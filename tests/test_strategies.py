@@ -48,7 +48,13 @@ def config_of(folder, objective, **changes):
         "data__batch_size": 12,
         "model": {**MODEL, "num_classes": 2},
         "objective": OBJECTIVES[objective],
-        "optimizer": {"lr": 1e-3, "weight_decay": 0.1, "clip_norm": 0.5},
+        "optimizer": {
+            "lr": 1e-3,
+            "weight_decay": 0.1,
+            "clip_norm": 0.5,
+            "warmup_steps": 3,
+            "decay": "cosine",
+        },
         "training": {"steps": STEPS, "save_every": 10, "keep": 9, "log_every": 1},
     }
     return write_config(folder / f"{objective}.yaml", folder / "latents", **settings, **changes)
@@ -203,6 +209,25 @@ def test_settings_that_change_no_result(name, folder, alone):
     for command in launched(number, *words, logs=run):
         command.succeeded()
     assert_same_losses(run, alone("flow"))
+
+
+HALF = [("ddp", "bf16"), ("fsdp", "bf16"), ("zero2", "bf16"), ("zero3", "bf16"), ("fsdp", "fp16")]
+
+
+@pytest.mark.parametrize(("strategy", "precision"), HALF)
+def test_half_precision_is_near_single_precision(strategy, precision, folder, alone):
+    """Near, but not the same; and what is saved is fp32."""
+    run = folder / f"{strategy}-{precision}"
+    overrides = (f"strategy.name={strategy}", f"training.precision={precision}")
+    words = ("train", config_of(folder, "flow"), *overrides, "--out", run)
+    for command in launched(2, *words, logs=run):
+        command.succeeded()
+    ours, theirs = read_losses(run), read_losses(alone("flow"))
+    assert [ours[step]["loss"] for step in ours] == pytest.approx(
+        [theirs[step]["loss"] for step in theirs], rel=3e-2
+    )
+    assert ours != theirs
+    assert {value.dtype for value in newest(run).weights("model").values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(("strategy", "shard"), [("ddp", False), ("fsdp", True), ("zero3", False)])
