@@ -16,11 +16,19 @@ The contract that every file here keeps:
 
 The files, in the order in which a sample travels:
 
-    sources.py    where samples come from: a folder of pictures, handwritten digits
+    sources.py    chooses by the form of a source's name; a folder, digits, shards packed anew
+    tables.py     one picture a row; rows.py: CSV, JSONL, parquet and `datasets` as rows
+    emoji.py      emoji from npm packages, three drawings of each
+    pictures.py   pictures of any kind become pictures of one kind
+    making.py     a source becomes shards: by several processes, resumable
     synthetic.py  two-dimensional point sets with a known density
     writer.py     one sample after another into tars; `write_atomically`
     index.py      the sidecar of one tar: where each member lies, and its checksum
     shards.py     a folder of indexed tars as one data set: `ShardSet`, `dataset.json`
+    remote.py     reads behind an address (http://, s3://, ...), again where it fails
+    cache.py      a bounded folder of whole files that the processes of a node share
+    cached.py     the shards of a data set behind an address, through that cache
+    prefetch.py   brings the shards that come next into the cache, in threads
     check.py      reads every byte of a data set and says what is wrong with it
     encode.py     pictures to latents, once, before training
     plan.py       which sample goes into which slot of which batch

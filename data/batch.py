@@ -10,6 +10,7 @@ costs more than that. Pictures are decoded by code that lets other threads run.
 import queue
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,8 +23,11 @@ import torch
 from .decode import Batch, Decoder, decode_batch, find_decoder
 from .members import read_label
 from .plan import Plan, rank_positions
+from .prefetch import Ahead, Prefetch
 from .reader import Reader, Sample
 from .shards import ShardSet
+
+_LOOKED_UP = 1024  # positions at a time
 
 
 @dataclass(frozen=True)
@@ -75,17 +79,22 @@ class Batches:
         self.plan = Plan(shards.counts, stream.seed, stream.window)
         self.position = start
         self.wait_s = 0.0
-        self._source = _Source(shards, decoder or find_decoder(shards))
         self._ahead = _Ahead(prefetch)
+        evict = shards.remote is None or _window_fits(shards, stream.window)
+        decoder = decoder or find_decoder(shards)
+        self._source = _Source(shards, decoder, evict=evict, stop=self._ahead.stopped)
+        fetching = _prefetch(self._source.reader, self.plan, stream, start) if shards.remote else None
         thread = threading.Thread(
             target=_read_ahead,
-            args=(self._ahead, self._source, self.plan, stream, start),
+            args=(self._ahead, self._source, self.plan, stream, start, fetching),
             name="driftmap batches",
             daemon=True,
         )
         # The thread holds no reference to this object, so dropping the object, or leaving the interpreter,
         # ends the thread too.
-        self._finalizer = weakref.finalize(self, _stop, self._ahead, thread)
+        self._finalizer = weakref.finalize(
+            self, _stop, self._ahead, [thread, *(fetching.threads if fetching else ())]
+        )
         thread.start()
 
     def __iter__(self) -> Self:
@@ -100,6 +109,12 @@ class Batches:
             raise item
         self.position += self.stream.batch_size
         return item
+
+    @property
+    def reader_stats(self) -> dict[str, int]:
+        """What went over the network, failed there or was in the cache; empty for a local folder."""
+        remote = self._source.reader.shards.remote
+        return remote.stats() if remote is not None else {}
 
     def keys_of(self, index: torch.Tensor) -> list[str]:
         """Return the keys of the samples at these stream positions, for messages about them."""
@@ -133,10 +148,17 @@ def ordered(shards: ShardSet, batch_size: int, *, decoder: Decoder | None = None
 class _Source:
     """Reads and decodes the samples of a batch and stacks them."""
 
-    def __init__(self, shards: ShardSet, decoder: Decoder) -> None:
+    def __init__(
+        self,
+        shards: ShardSet,
+        decoder: Decoder,
+        *,
+        evict: bool = True,
+        stop: threading.Event | None = None,
+    ) -> None:
         self._decoder = decoder
         self._has_label = "cls" in shards.extensions
-        self.reader = Reader(shards, extensions={*decoder.extensions, "cls"})
+        self.reader = Reader(shards, extensions={*decoder.extensions, "cls"}, evict=evict, stop=stop)
 
     def batch(self, numbers: np.ndarray, *, index: np.ndarray) -> Batch:
         samples = [self.reader.read(int(number)) for number in numbers]
@@ -151,12 +173,12 @@ class _Ahead:
 
     def __init__(self, size: int) -> None:
         self._items: queue.Queue[Batch | BaseException] = queue.Queue(size)
-        self._stopped = threading.Event()
+        self.stopped = threading.Event()
         self._error: BaseException | None = None
 
     def put(self, item: Batch | BaseException) -> bool:
         """Wait for room; return whether the consumer still wants batches."""
-        while not self._stopped.is_set():
+        while not self.stopped.is_set():
             try:
                 self._items.put(item, timeout=0.1)
             except queue.Full:
@@ -167,7 +189,7 @@ class _Ahead:
     def get(self) -> Batch | BaseException:
         """Wait for the next batch; an error is returned again and again."""
         while self._error is None:
-            if self._stopped.is_set():
+            if self.stopped.is_set():
                 raise RuntimeError("these batches are closed; make new ones with start=position")
             try:
                 item = self._items.get(timeout=0.1)
@@ -179,13 +201,17 @@ class _Ahead:
         return self._error
 
     def stop(self) -> None:
-        self._stopped.set()
+        self.stopped.set()
 
 
-def _read_ahead(ahead: _Ahead, source: _Source, plan: Plan, stream: Stream, start: int) -> None:
+def _read_ahead(
+    ahead: _Ahead, source: _Source, plan: Plan, stream: Stream, start: int, fetching: Prefetch | None
+) -> None:
     try:
         wanted = True
         while wanted:
+            if fetching is not None:
+                fetching.advance(start)
             index = rank_positions(start, stream.batch_size, rank=stream.rank, world=stream.world)
             wanted = ahead.put(source.batch(plan.at(index), index=index))
             start += stream.batch_size
@@ -193,11 +219,50 @@ def _read_ahead(ahead: _Ahead, source: _Source, plan: Plan, stream: Stream, star
         ahead.put(error)
 
 
-def _stop(ahead: _Ahead, thread: threading.Thread) -> None:
+def _window_fits(shards: ShardSet, window: int) -> bool:
+    """Return whether the shards that are read in turn fit into the cache together, and warn if not."""
+    assert shards.remote is not None
+    window = window or len(shards.shards)
+    needed = sum(sorted(shards.num_bytes)[-window:])
+    if needed <= shards.remote.cache.max_bytes:
+        return True
+    warnings.warn(
+        f"the {window} shards of {shards.folder} that are shuffled together have {needed} bytes, but their "
+        f"cache holds {shards.remote.cache.max_bytes}: samples of the others are read one by one, which is "
+        "slow; set data.window to fewer shards, or data.cache_bytes higher",
+        stacklevel=3,
+    )
+    return False
+
+
+def _prefetch(reader: Reader, plan: Plan, stream: Stream, start: int) -> Prefetch:
+    """Start to bring the shards of a stream into the cache in the order of the plan."""
+    shards = reader.shards
+    assert shards.remote is not None and reader.stop is not None
+    starts = np.array(shards.starts)
+
+    def shards_at(begin: int, end: int) -> np.ndarray:
+        positions = np.arange(begin + stream.rank, end, stream.world, dtype=np.int64)
+        return np.searchsorted(starts, plan.at(positions), side="right") - 1
+
+    ahead = Ahead(
+        shards_at,
+        sizes=shards.num_bytes,
+        # The largest shard fits besides: the one that the reader is leaving may be in use still.
+        max_bytes=shards.remote.cache.max_bytes - max(shards.num_bytes),
+        stride=-(-_LOOKED_UP // stream.batch_size) * stream.batch_size,
+        cursor=start,
+        horizon=shards.num_samples,
+    )
+    return Prefetch(ahead, reader.fetch, reader.stop)
+
+
+def _stop(ahead: _Ahead, threads: list[threading.Thread]) -> None:
     ahead.stop()
-    # The garbage collector may run this in the very thread that is to end.
-    if thread is not threading.current_thread():
-        thread.join()
+    for thread in threads:
+        # The garbage collector may run this in the very thread that is to end.
+        if thread is not threading.current_thread():
+            thread.join()
 
 
 def _label(sample: Sample) -> int:

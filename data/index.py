@@ -116,11 +116,26 @@ def load_index(tar: Path) -> Index:
         raise ValueError(f"{tar} has no index {path.name}; {command}")
     if not is_sidecar(path):
         raise ValueError(f"{path} was written by another program; move it away, then {command}")
+    index = read_index(path, path, remedy=f"delete it, then {command}")
+    found = tar.stat().st_size
+    if found != index.tar_bytes:
+        raise ValueError(
+            f"{tar} has {found} bytes but its index was made for {index.tar_bytes}; "
+            f"if the tar is the right one, {command}, else copy it again"
+        )
+    return index
+
+
+def read_index(source: Path | BinaryIO, name: Path | str, *, remedy: str) -> Index:
+    """Read a sidecar from a file or from memory.
+
+    Raises `ValueError` if it is damaged or of another format; it calls it `name` and gives the remedy.
+    """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(source, allow_pickle=False) as arrays:
             if int(arrays["format"]) != _FORMAT:
-                raise ValueError(f"{path} has format {int(arrays['format'])}, expected {_FORMAT}; {command}")
-            index = Index(
+                raise ValueError(f"{name} has format {int(arrays['format'])}, expected {_FORMAT}; {remedy}")
+            return Index(
                 packed_keys=arrays["keys"].tobytes(),
                 extensions=tuple(str(extension) for extension in arrays["extensions"]),
                 offsets=arrays["offsets"],
@@ -129,15 +144,8 @@ def load_index(tar: Path) -> Index:
                 tar_bytes=int(arrays["tar_bytes"]),
                 labels={int(label): int(count) for label, count in arrays["labels"]},
             )
-    except (KeyError, zipfile.BadZipFile, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it, then {command}") from error
-    found = tar.stat().st_size
-    if found != index.tar_bytes:
-        raise ValueError(
-            f"{tar} has {found} bytes but its index was made for {index.tar_bytes}; "
-            f"if the tar is the right one, {command}, else copy it again"
-        )
-    return index
+    except (KeyError, EOFError, zipfile.BadZipFile, OSError) as error:
+        raise ValueError(f"{name} is damaged ({error}); {remedy}") from error
 
 
 def is_sidecar(path: Path) -> bool:

@@ -3,10 +3,15 @@
 `dataset.json` is written after all tars and sidecars, so a folder that has it is complete. Its fingerprint
 is a function of the shards' names, sizes, counts and checksums: copying a data set keeps it, changing one
 byte changes it. A trainer keeps the fingerprint beside its position in the stream.
+
+The folder may lie behind an address (`http://host/dir`, see remote.py). Only its `dataset.json` is read then,
+and what it says is believed; the tars are compared with it when they come.
 """
 
 import hashlib
 import json
+import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +20,10 @@ from typing import Any, Self
 
 import numpy as np
 
+from .cache import Cache
+from .cached import CachedShards
 from .index import Index, build_index, index_path, is_sidecar, list_tars, load_index
+from .remote import Remote, place_of
 from .writer import ShardWriter, write_atomically, write_shard
 
 __all__ = [
@@ -36,7 +44,7 @@ _FORMAT = 1
 class ShardSet:
     """A complete data set: its shards in the order of their names, and what its card says."""
 
-    folder: Path
+    folder: Path | str  # or its address
     shards: tuple[str, ...]
     counts: tuple[int, ...]
     extensions: tuple[str, ...]
@@ -45,15 +53,35 @@ class ShardSet:
     info: dict[str, Any] = field(default_factory=dict)
     licence: str = ""
     source: str = ""
+    num_bytes: tuple[int, ...] = ()  # of each tar
+    remote: CachedShards | None = field(default=None, compare=False)
 
     @classmethod
-    def open(cls, folder: Path | str) -> Self:
+    def open(
+        cls,
+        folder: Path | str,
+        *,
+        cache: Path | None = None,
+        cache_bytes: int | None = None,
+        tries: int = 8,
+        first_delay_s: float = 0.25,
+    ) -> Self:
         """Open a data set without reading its samples.
 
+        The other arguments are for a data set behind an address: the local folder that holds its shards, at
+        most so many bytes of them (see `Cache.of`), how often a failed read is tried, and the longest delay
+        before the second try.
+
         Raises `ValueError` for a folder that is missing, empty, not indexed, or changed since it was
-        indexed.
+        indexed, `OSError` for an address that cannot be read.
         """
-        folder = Path(folder)
+        folder = place_of(folder)
+        if isinstance(folder, str):
+            remote = Remote(folder, tries=tries, first_delay_s=first_delay_s)
+            card = _parsed_card(remote.read(CARD, _whole_json), f"{folder}/{CARD}", folder)
+            _check_names(card, folder)
+            store = CachedShards(remote, Cache.of(cache, cache_bytes), fingerprint=card["fingerprint"])
+            return cls._of(folder, card, store)
         tars = list_tars(folder)
         command = f"run `driftmap shards index {folder}`"
         for tar in tars:
@@ -71,9 +99,13 @@ class ShardSet:
                     f"{tar} has {found} bytes but {CARD} says {described[tar.name]}; "
                     f"if the tar is the right one, {command}, else copy it again"
                 )
+        return cls._of(folder, card, None)
+
+    @classmethod
+    def _of(cls, folder: Path | str, card: dict[str, Any], remote: CachedShards | None) -> Self:
         return cls(
             folder=folder,
-            shards=tuple(described),
+            shards=tuple(shard["name"] for shard in card["shards"]),
             counts=tuple(shard["count"] for shard in card["shards"]),
             extensions=tuple(card["extensions"]),
             fingerprint=card["fingerprint"],
@@ -81,6 +113,8 @@ class ShardSet:
             info=card["info"],
             licence=card["licence"],
             source=card["source"],
+            num_bytes=tuple(shard["bytes"] for shard in card["shards"]),
+            remote=remote,
         )
 
     @property
@@ -93,9 +127,12 @@ class ShardSet:
         """The number of the first sample of each shard."""
         return tuple(int(start) for start in np.cumsum((0, *self.counts))[:-1])
 
-    def load_index(self, shard: int) -> Index:
-        """Load the sidecar of the shard with this number."""
-        return load_index(self.folder / self.shards[shard])
+    def load_index(self, shard: int, *, stop: threading.Event | None = None) -> Index:
+        """Load the sidecar of the shard with this number; `stop` ends waiting for the network."""
+        name, count = self.shards[shard], self.counts[shard]
+        if self.remote is not None:
+            return self.remote.load_index(name, count=count, num_bytes=self.num_bytes[shard], stop=stop)
+        return load_index(Path(self.folder) / name)
 
 
 def index_shards(
@@ -176,8 +213,12 @@ def _read_card(folder: Path) -> dict[str, Any] | None:
     path = folder / CARD
     if not path.is_file():
         return None
+    return _parsed_card(path.read_bytes(), path, folder)
+
+
+def _parsed_card(data: bytes, path: Path | str, folder: Path | str) -> dict[str, Any]:
     try:
-        card = json.loads(path.read_bytes())
+        card = json.loads(data)
     except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error}); delete it and index {folder} again") from error
     if not isinstance(card, dict) or card.get("format") != _FORMAT:
@@ -186,3 +227,17 @@ def _read_card(folder: Path) -> dict[str, Any] | None:
             f"then run `driftmap shards index {folder}`"
         )
     return card
+
+
+def _whole_json(data: bytes) -> bytes:
+    json.loads(data)
+    return data
+
+
+def _check_names(card: dict[str, Any], address: str) -> None:
+    """Raise `ValueError` where names that a server gives would lead out of the folder of the cache."""
+    names = [shard["name"] for shard in card["shards"]]
+    bad = [name for name in names if not re.fullmatch(r"[^./\\\0][^/\\\0]*\.tar", name)]
+    if bad or not re.fullmatch(r"[0-9a-f]{64}", card["fingerprint"]):
+        wrong = f"the shard name {bad[0]!r}" if bad else f"the fingerprint {card['fingerprint']!r}"
+        raise ValueError(f"{address}/{CARD} holds {wrong}; index the folder again")

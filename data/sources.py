@@ -1,76 +1,105 @@
-"""Where samples come from, and the making of a data set from them.
+"""Where samples come from: the form of a source's name says which kind it is.
 
-A `Source` says what it is (`info`, `licence`, `origin`) and yields `(key, members)`, the same ones in the
-same order each time. `make_shards` writes one into a folder that is complete or absent.
+A source says what it is (`info`, `licence`, `origin`) and yields the same samples in the same order each
+time; `make_shards` (making.py) writes it. Each kind is one function that returns a `Source`:
+
+    FOLDER                         pictures, a sub-folder a class, or what `datasets` saved, or shards
+    FILE.csv .tsv .jsonl .parquet  one picture a row (tables.py)
+    hf:NAME                        a data set that the `datasets` library finds (tables.py)
+    emoji:FOLDER                   unpacked npm packages of emoji (emoji.py)
+    digits:train digits:held_out   handwritten digits
 """
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
-from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from .members import PICTURES, open_picture, with_channels
-from .shards import ShardSet, index_shards
-from .writer import ShardWriter
+from .emoji import emoji
+from .making import Source, make_shards
+from .members import PICTURES
+from .pictures import Draft, Fit, PicturePolicy, finish, png
+from .reader import Reader
+from .shards import ShardSet
+from .tables import SUFFIXES, Columns, hub, is_saved, saved, table
+
+__all__ = ["Request", "Source", "digits", "find_source", "folder", "make_shards", "shards"]
 
 Split = Literal["train", "held_out"]
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _FOLDER_SUFFIXES = tuple(f".{extension}" for extension in (*PICTURES, "bmp", "gif", "tif", "tiff"))
+_PICTURES = ("size", "channels", "fit", "background")
+_COLUMNS = ("picture", "label", "caption")
 
 
 @dataclass(frozen=True)
-class Source:
-    """Samples that can be made again: `samples` starts a new pass over them."""
+class Request:
+    """How a source is to be read; what is left out has a default, or does not apply to the source."""
 
-    samples: Callable[[], Iterator[tuple[str, dict[str, bytes]]]]
-    num_samples: int
-    info: dict[str, Any]
-    licence: str = ""
-    origin: str = ""
+    size: int | None = None
+    channels: int | None = None
+    fit: Fit | None = None
+    background: str | None = None
+    picture: str | None = None
+    label: str | None = None
+    caption: str | None = None
 
-    def __iter__(self) -> Iterator[tuple[str, dict[str, bytes]]]:
-        return self.samples()
+    def policy(self, default_size: int = 256) -> PicturePolicy:
+        """Return what pictures become."""
+        given = {name: value for name in _PICTURES if (value := getattr(self, name)) is not None}
+        return PicturePolicy(**{"size": default_size, **given})
+
+    def columns(self) -> Columns:
+        """Return the names of a table's columns."""
+        return Columns(self.picture, self.label, self.caption)
+
+    def refuse_all_but(self, names: tuple[str, ...], kind: str) -> None:
+        """Raise `ValueError` for a setting that has no effect on this kind of source."""
+        for name, value in asdict(self).items():
+            if value is not None and name not in names:
+                option = "class" if name == "label" else name
+                raise ValueError(f"--{option} is {value!r} but {kind}; leave --{option} out")
 
 
-def make_shards(
-    source: Source,
-    out: Path | str,
-    *,
-    samples_per_shard: int = 1000,
-    progress: Callable[[int], None] | None = None,
-) -> ShardSet:
-    """Write a source as an indexed data set at `out` and return it.
+def find_source(name: str, request: Request | None = None) -> Source:
+    """Return the source that a name stands for; the module's first lines list the forms.
 
-    The set grows beside `out` and is renamed when it is complete; what a killed run left is written anew.
-    An `out` that already holds this source is left alone. Only one process may make a set at a time.
-    `progress` is called with the samples written.
-
-    Raises `ValueError` if `out` holds something else.
+    Raises `ValueError` for a name of no known form, and for a setting without effect.
     """
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; expected a folder to write the data set into")
-    if out.exists() and any(out.iterdir()):
-        return _existing(source, out)
-    partial_folder = out.with_name(f".{out.name}.partial")
-    _discard(partial_folder)
-    with ShardWriter(partial_folder, samples_per_shard=samples_per_shard) as writer:
-        for key, members in source:
-            writer.write(key, members)
-            if progress is not None:
-                progress(writer.num_samples)
-    index_shards(partial_folder, info=source.info, licence=source.licence, source=source.origin)
-    os.replace(partial_folder, out)
-    return ShardSet.open(out)
+    request = request or Request()
+    kind, _, rest = name.partition(":")
+    path = Path(name)
+    if kind == "digits" and rest:
+        request.refuse_all_but((), "the digits are 32 x 32 and grey")
+        return digits(cast(Any, rest))
+    if kind == "emoji" and rest:
+        request.refuse_all_but(_PICTURES, "emoji packages have no columns")
+        return emoji(rest, policy=request.policy(default_size=64))
+    if kind == "hf" and rest:
+        return hub(rest, policy=request.policy(), columns=request.columns())
+    if path.suffix.lower() in SUFFIXES and not path.is_dir():
+        return table(path, policy=request.policy(), columns=request.columns())
+    if is_saved(path):
+        return saved(path, policy=request.policy(), columns=request.columns())
+    request.refuse_all_but(_PICTURES, f"{name} is no table")
+    if not path.is_dir():
+        raise ValueError(
+            f"{name} is no folder; expected a folder of pictures, shards or a saved data set, a table "
+            f"({', '.join(SUFFIXES)}), hf:NAME, emoji:FOLDER, digits:train or digits:held_out"
+        )
+    if any(path.glob("*.tar")):
+        if request.size is None:
+            request.refuse_all_but((), "without --size shards are packed anew as they are")
+            return shards(path)
+        return shards(path, policy=request.policy())
+    return folder(path, **request.policy().info)
 
 
 def digits(split: Split) -> Source:
@@ -106,25 +135,25 @@ def _digits(split: Split) -> Iterator[tuple[str, dict[str, bytes]]]:
         yield (
             f"{number:04d}",
             {
-                "png": _png(Image.fromarray(pictures[number])),
+                "png": png(Image.fromarray(pictures[number])),
                 "cls": str(label).encode(),
                 "json": json.dumps(caption).encode(),
             },
         )
 
 
-def folder(path: Path | str, *, size: int, channels: int = 3) -> Source:
+def folder(
+    path: Path | str, *, size: int, channels: int = 3, fit: Fit = "crop", background: str = "white"
+) -> Source:
     """Return the pictures of a folder, one class for each of its sub-folders, as `size` x `size` PNG.
 
-    A picture is turned upright, its centre square cut out and resized. A caption stands beside it as
-    `NAME.txt`, or in `NAME.json` under "caption". The order is a fixed shuffle, so every shard holds every
-    class. A folder without sub-folders has no classes.
+    A caption stands beside a picture as `NAME.txt`, or in `NAME.json` under "caption". The order is a
+    fixed shuffle, so every shard holds every class. A folder without sub-folders has no classes.
 
     Raises `ValueError` if there are no pictures, or some in sub-folders and some outside.
     """
     path = Path(path)
-    if size < 1:
-        raise ValueError(f"size is {size}; expected a number of pixels")
+    policy = PicturePolicy(size, channels, fit, background)
     if not path.is_dir():
         raise ValueError(f"{path} is no folder; expected a folder of pictures")
     pictures = sorted(file for file in path.rglob("*") if _is_picture(file.relative_to(path)))
@@ -137,17 +166,17 @@ def folder(path: Path | str, *, size: int, channels: int = 3) -> Source:
     listing = "".join(f"{file.relative_to(path)} {file.stat().st_size}\n" for file in pictures)
     name = path.resolve().name
     return Source(
-        samples=partial(_folder, path, pictures, classes, size=size, channels=channels),
+        samples=partial(_folder, path, pictures, classes),
         num_samples=len(pictures),
         info={
             "name": name,
-            "size": size,
-            "channels": channels,
+            **policy.info,
             "classes": list(classes),
             # Tells a folder that has changed since from the same one.
             "listing": hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()[:16],
         },
         origin=f"a folder of pictures called {name}",
+        finish=partial(finish, policy),
     )
 
 
@@ -155,26 +184,16 @@ def _is_picture(name: Path) -> bool:
     return name.suffix.lower() in _FOLDER_SUFFIXES and not any(part.startswith(".") for part in name.parts)
 
 
-def _folder(
-    path: Path, pictures: list[Path], classes: tuple[str, ...], *, size: int, channels: int
-) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _folder(path: Path, pictures: list[Path], classes: tuple[str, ...]) -> Iterator[tuple[str, Draft]]:
     for number in np.random.default_rng(0).permutation(len(pictures)):
         file = pictures[number]
         name = file.relative_to(path)
-        try:
-            picture = _square(open_picture(file.read_bytes()), size)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}; remove it or replace it") from error
-        members = {"png": _png(with_channels(picture, channels))}
         about: dict[str, Any] = {}
         if (caption := _caption(file)) is not None:
             about["caption"] = caption
         if classes:
             about["class"] = classes.index(name.parts[0])
-            members["cls"] = str(about["class"]).encode()
-        if about:
-            members["json"] = json.dumps(about).encode()
-        yield (name.parent / name.stem.replace(".", "_")).as_posix(), members
+        yield (name.parent / name.stem.replace(".", "_")).as_posix(), Draft(file, str(file), about)
 
 
 def _caption(file: Path) -> str | None:
@@ -190,39 +209,37 @@ def _caption(file: Path) -> str | None:
     return str(caption)
 
 
-def _square(picture: Image.Image, size: int) -> Image.Image:
-    """Turn a picture upright, cut out its centre square and resize it."""
-    upright = ImageOps.exif_transpose(picture)
-    if upright.mode == "P":
-        upright = upright.convert("RGBA")  # a palette cannot be resized smoothly
-    return ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS)
+def shards(path: Path | str, *, policy: PicturePolicy | None = None) -> Source:
+    """Return the samples of indexed shards as they are, or with their pictures prepared anew.
 
-
-def _png(picture: Image.Image) -> bytes:
-    buffer = BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _existing(source: Source, out: Path) -> ShardSet:
-    try:
-        found = ShardSet.open(out)
-    except ValueError as error:
-        raise ValueError(f"{out} holds something else than a complete data set ({error})") from error
-    if found.info != source.info or found.num_samples != source.num_samples:
+    Raises `ValueError` for a folder that is not indexed, or that has no pictures where there is a policy.
+    """
+    found = ShardSet.open(path)
+    if policy is not None and not set(PICTURES) & set(found.extensions):
         raise ValueError(
-            f"{out} holds {found.num_samples} samples of {found.info}; expected {source.num_samples} of "
-            f"{source.info}. Choose another folder, or delete this one"
+            f"{path} has the members {', '.join(found.extensions)} and no picture; leave --size out"
         )
-    return found
+    return Source(
+        samples=partial(_packed if policy is None else _unpacked, found),
+        num_samples=found.num_samples,
+        info={**found.info, **(policy.info if policy else {}), "packed_from": found.fingerprint},
+        licence=found.licence,
+        origin=found.source,
+        finish=policy and partial(finish, policy),
+    )
 
 
-def _discard(partial_folder: Path) -> None:
-    """Remove what a killed run left, and nothing that it cannot have written."""
-    if not partial_folder.exists():
-        return
-    for file in partial_folder.iterdir():
-        if file.suffix not in (".tar", ".idx", ".json", ".tmp"):
-            raise ValueError(f"{file} is in the way of the unfinished data set; move it away")
-        file.unlink()
-    partial_folder.rmdir()
+def _packed(found: ShardSet) -> Iterator[tuple[str, dict[str, bytes]]]:
+    reader = Reader(found)
+    for number in range(found.num_samples):
+        sample = reader.read(number)
+        yield sample.key, sample.members
+
+
+def _unpacked(found: ShardSet) -> Iterator[tuple[str, Draft]]:
+    for sample in map(Reader(found).read, range(found.num_samples)):
+        extension = next((name for name in PICTURES if name in sample.members), None)
+        if extension is None:
+            raise ValueError(f"{sample.name}: there is no picture; expected one of {', '.join(PICTURES)}")
+        others = {name: data for name, data in sample.members.items() if name != extension}
+        yield sample.key, Draft(sample.members[extension], sample.name, members=others)

@@ -1,5 +1,7 @@
 """The commands of `driftmap shards`; like cli.py, without torch until one is called."""
 
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -16,24 +18,49 @@ console = Console()
 def shards_make(
     source: Annotated[
         str,
-        typer.Argument(help="a folder of pictures (a sub-folder a class), or digits:train, digits:held_out"),
+        typer.Argument(
+            help="a folder of pictures (a sub-folder a class), a table (.csv .tsv .jsonl .parquet), a folder "
+            "that `datasets` saved, shards to pack anew, hf:NAME, emoji:FOLDER, digits:train, digits:held_out"
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="the folder of shards to write")],
-    size: Annotated[int, typer.Option(min=1, help="side of the pictures, for folders")] = 256,
-    channels: Annotated[int, typer.Option(min=1, max=3, help="1 grey, 3 colour, for folders")] = 3,
+    size: Annotated[int | None, typer.Option(help="side of the pictures; 256, for emoji 64")] = None,
+    channels: Annotated[int | None, typer.Option(help="1 grey, 3 colour (default)")] = None,
+    fit: Annotated[str | None, typer.Option(help="crop (default), pad or stretch to a square")] = None,
+    background: Annotated[
+        str | None, typer.Option(help="the colour behind transparency and padding; white")
+    ] = None,
+    picture: Annotated[str | None, typer.Option(help="the table's column of paths or bytes")] = None,
+    label: Annotated[str | None, typer.Option("--class", help="its column of classes; '' for none")] = None,
+    caption: Annotated[str | None, typer.Option(help="its column of captions; '' for none")] = None,
+    licence: Annotated[str | None, typer.Option(help="the licence of the pictures, for the card")] = None,
+    origin: Annotated[str | None, typer.Option(help="where the pictures are from, for the card")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes; by size and CPUs")] = None,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="pictures a shard")] = 1000,
 ) -> None:
-    """Write pictures as indexed WebDataset shards."""
-    from ..data import sources
+    """Write pictures as indexed WebDataset shards; the same command goes on after an interruption."""
+    from ..data.sources import Request, find_source, make_shards
 
-    kind, _, split = source.partition(":")
-    found = (
-        sources.digits(cast(Any, split))
-        if kind == "digits" and split
-        else sources.folder(source, size=size, channels=channels)
-    )
-    with progress(out.name, found.num_samples, unit="pictures") as update:
-        made = sources.make_shards(found, out, progress=update)
+    request = Request(size, channels, cast(Any, fit), background, picture, label, caption)
+    found = find_source(source, request)
+    if licence is not None:
+        found = replace(found, licence=licence)
+    if origin is not None:
+        found = replace(found, origin=origin)
+    with (
+        warnings.catch_warnings(record=True) as remarks,
+        progress(out.name, found.num_samples, unit="pictures") as update,
+    ):
+        made = make_shards(found, out, samples_per_shard=samples_per_shard, workers=workers, progress=update)
+    for remark in remarks:
+        console.print(f"note: {remark.message}", markup=False, soft_wrap=True)
     _print_shards(made)
+    for name in ("classes", "styles"):
+        if names := made.info.get(name):
+            console.print(
+                f"{len(names)} {name}: {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}",
+                soft_wrap=True,
+            )
 
 
 @shards_app.command("index")

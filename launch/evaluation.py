@@ -14,7 +14,7 @@ from ..models.autoencoder import decode_latents
 from ..models.backbones.convnet import ConvNet
 from ..models.flow_map import FlowMap
 from ..models.sampler import euler, jump, time_grid
-from ..trainer.build import guided, load_model, run_recipe
+from ..trainer.build import guided, load_model, run_recipe, shards_of_run
 from ..trainer.config import ConfigError
 from ..trainer.encode import autoencoder_of
 from ..trainer.evaluate import Judge, evaluate, pictures_of, sample_noise
@@ -57,7 +57,7 @@ def evaluate_run(request: EvaluationRequest, out: Path) -> dict[str, Any]:
     teacher_run = request.teacher or (Path(taught["run"]) if taught else request.run)
     guidance = taught.get("guidance", 1.0)
     teacher = guided(_flow_map(teacher_run), guidance)
-    latents = ShardSet.open(recipe["data"]["shards"])
+    latents = shards_of_run(request.run)
     judge = _judge(request, latents)
     noise = sample_noise(len(judge.held_out), student.sample_shape, seed=request.seed)
     evaluation, pictures = evaluate(
@@ -98,7 +98,7 @@ def sample_run(
         samples = euler(velocity, noise, grid=time_grid(nfe // cost), condition=labels)
     else:
         samples = jump(model, noise, grid=time_grid(nfe), condition=labels)
-    shards = ShardSet.open(recipe["data"]["shards"])
+    shards = shards_of_run(run)
     if "latents" in shards.info:
         samples = decode_latents(autoencoder_of(shards), samples)
     write_grid(out, samples.clamp(-1, 1))
@@ -148,7 +148,7 @@ def _judge(request: EvaluationRequest, latents: ShardSet) -> Judge:
             f"{request.features} is no run of a classifier; train one with objective: {{name: classifier}}"
         )
     held_out = ShardSet.open(request.held_out)
-    training = ShardSet.open(run_recipe(request.features)["data"]["shards"])
+    training = shards_of_run(request.features)
     count = min(request.num_samples, held_out.num_samples, training.num_samples)
     pictures, labels = pictures_of(held_out, count)
     trained_on = training.info.get("name", training.folder)

@@ -21,11 +21,10 @@ import torch
 from diffusers import AutoencoderKL, FlowMapEulerDiscreteScheduler, ModelMixin
 from safetensors.torch import load_file, save_file
 
-from ..data.shards import ShardSet
 from ..models import layers, pipeline
 from ..models.flow_map import FlowMap
 from ..models.sampler import jump, time_grid
-from ..trainer.build import load_model, run_recipe
+from ..trainer.build import load_model, shards_of_run
 from ..trainer.config import ConfigError
 from ..trainer.encode import autoencoder_of
 from ..trainer.evaluate import sample_noise
@@ -58,7 +57,7 @@ def export(run: Path, out: Path, *, autoencoder: Path | None = None) -> Path:
         raise ConfigError(f"{run} holds no model that diffusers can load; export takes flow maps of a DiT")
     if out.exists() and not (out / "model_index.json").is_file():
         raise ConfigError(f"{out} exists and is no exported pipeline; give a new folder")
-    shards = ShardSet.open(run_recipe(run)["data"]["shards"])
+    shards = shards_of_run(run)
     vae = autoencoder_of(shards, autoencoder) if "latents" in shards.info else None
     aside = out.with_name(f".{out.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)

@@ -103,7 +103,8 @@ def kill_at(number, *, events, named):
 
 
 def test_a_run_killed_steps_after_its_checkpoint(points, tmp_path):
-    config = write_config(tmp_path / "config.yaml", points, training__save_every=4, training__steps=9)
+    settings = {"save_every": 4, "steps": 9, "log_every": 1, "save_in_background": False}
+    config = write_config(tmp_path / "config.yaml", points, training=settings)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(config, whole).succeeded()
     # The log is opened for its first line at step 1, so the eighth time is step 8 with a checkpoint due.

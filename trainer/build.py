@@ -26,7 +26,7 @@ from ..models.flow_map import FlowMap, Velocity
 from .blocks import set_up_blocks
 from .checkpoint import CheckpointError, fingerprint, load_weights, newest, restore
 from .compatibility import check_compatibility
-from .config import ConfigError, plugin_class, split_name
+from .config import ConfigError, checked, plugin_class, split_name
 from .ema import Ema, kinds_of
 from .guard import Guard
 from .hooks import show_progress, stop_at_signals, update_ema
@@ -35,14 +35,14 @@ from .log import Journal
 from .loop import Run, Task
 from .optim import learning_rate
 from .posthoc import Snapshots
-from .recipe import NETWORKS, Recipe, TeacherSection, network_kind, resolved
+from .recipe import NETWORKS, DataSection, Recipe, TeacherSection, network_kind, resolved
 from .saver import Saver
 from .self_test import check_tangent
 from .strategy import strategy_of, trainable
 
 # What changes nothing about the weights, or only when training ends.
 MAY_CHANGE = re.compile(
-    r"strategy\.|ema\.snapshot_every\."
+    r"strategy\.|data\.cache|ema\.snapshot_every\."
     r"|training\.(steps|accumulation|save_every|save_in_background|keep|log_every|non_finite|spike_factor"
     r"|recompute_every|compile|attention)\."
 )
@@ -61,7 +61,7 @@ def train(recipe: Recipe, folder: Path) -> Run:
 
 def build(recipe: Recipe, folder: Path) -> Run:
     """Return the run of a recipe, without hooks, at its last checkpoint if it has one."""
-    shards = ShardSet.open(recipe.data.shards)
+    shards = recipe.data.open()
     strategy = strategy_of(recipe)
     world = strategy.world
     model, network = _model(recipe)
@@ -108,7 +108,7 @@ def build(recipe: Recipe, folder: Path) -> Run:
 
 def check_inputs(recipe: Recipe) -> None:
     """Raise where the shards, the runs or the classes that a recipe names are missing or do not fit."""
-    shards = ShardSet.open(recipe.data.shards)
+    shards = recipe.data.open()
     model, network = _model(recipe)
     check_data(model, network, shards)
     check_compatibility(recipe, model)
@@ -144,6 +144,11 @@ def run_recipe(folder: Path) -> dict[str, Any]:
             f"{folder} is no run folder (no recipe.yaml); give the folder that `driftmap train` made"
         )
     return yaml.safe_load(file.read_text())
+
+
+def shards_of_run(folder: Path) -> ShardSet:
+    """Return the shard set that a run was trained on."""
+    return checked(DataSection, run_recipe(folder)["data"], place="data").open()
 
 
 def guided(model: FlowMap, scale: float, *, interval: tuple[float, float] = (0.0, 1.0)) -> Velocity:

@@ -34,7 +34,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..data.batch import ordered
-from ..data.shards import ShardSet
 from ..models.flow_map import FlowMap
 from ..models.path import expand
 from .blocks import blocks
@@ -232,7 +231,7 @@ def losses(recipe: Recipe) -> Iterator[tuple[float, Made, Callable[[nn.Module], 
     """Yield what a sample goes through: how often, a network to make, and the loss made of it."""
     settings = network_settings(recipe.model)
     if not isinstance(network_of(settings), FlowMap):
-        first = next(ordered(ShardSet.open(recipe.data.shards), 1))
+        first = next(ordered(recipe.data.open(), 1))
         shape = tuple(first["mean" if "mean" in first else "data"].shape[1:])
         yield 1.0, _made(settings, shape), partial(_whole_loss, recipe, shape)
         return

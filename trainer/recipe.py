@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, TypeAdapter
+from pydantic import AfterValidator, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
+from ..data.remote import place_of
+from ..data.shards import ShardSet
 from ..models import backbones
 from ..models.layers import Attention
 from . import objectives
@@ -32,11 +34,27 @@ MAX_WIDTH = 0.28  # of a power mean: at 12^-1/2 = 0.289 all steps count the same
 
 @dataclass(frozen=True, config=STRICT)
 class DataSection:
-    """Where the samples come from. `batch_size` is the global batch of one optimizer step."""
+    """Where the samples come from. `batch_size` is the global batch of one optimizer step.
 
-    shards: Path
+    `shards` is a folder or an address such as http://host/dir; the shards of an address are kept in the
+    folder `cache`, at most `cache_bytes` of them.
+    """
+
+    shards: Annotated[str | Path, AfterValidator(place_of)]
     batch_size: Positive
     window: Annotated[int, Field(ge=0)] = 0  # shards shuffled together; 0: all
+    cache: Path | None = None  # None: $DRIFTMAP_CACHE, or a folder for temporary files
+    cache_bytes: Positive | None = None  # None: $DRIFTMAP_CACHE_BYTES, or half of the free space
+
+    def open(self) -> ShardSet:
+        """Return the shard set; ValueError or OSError where it is none, or not there."""
+        return ShardSet.open(self.shards, cache=self.cache, cache_bytes=self.cache_bytes)
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        if isinstance(self.shards, Path) and not (self.cache is None and self.cache_bytes is None):
+            raise ValueError("cache and cache_bytes have no effect on shards in a local folder; remove them")
+        return self
 
 
 @dataclass(frozen=True, config=STRICT)
