@@ -46,14 +46,22 @@ def with_channels(image: Image.Image, channels: int) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert(_MODES[channels])
+    # Converting a picture to what it is copies it.
+    return image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
+
+
+def read_bytes(data: bytes, channels: int) -> np.ndarray:
+    """Decode a picture to uint8 (C, H, W), a view of the picture's own (H, W, C)."""
+    pixels = np.asarray(with_channels(open_picture(data), channels))
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
 def read_pixels(data: bytes, channels: int) -> np.ndarray:
     """Decode a picture to float32 (C, H, W) in [-1, 1]."""
-    pixels = np.asarray(with_channels(open_picture(data), channels), np.float32)
-    pixels = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
-    return pixels / 127.5 - 1
+    pixels = read_bytes(data, channels).astype(np.float32)
+    pixels /= 127.5
+    pixels -= 1
+    return pixels
 
 
 def read_npy(data: bytes) -> np.ndarray:
@@ -72,6 +80,24 @@ def read_npy(data: bytes) -> np.ndarray:
         return np.load(io.BytesIO(data), allow_pickle=False)
     except (EOFError, OSError, ValueError) as error:
         raise ValueError(f"the {len(data)} bytes are no array of numbers ({error})") from error
+
+
+def read_npys(rows: np.ndarray) -> np.ndarray | None:
+    """Decode `.npy` members of one header, given as rows (n, size), to one array (n, *shape), a view.
+
+    Returns nothing where `read_npy` has to look at each of them: headers differ, or one is damaged.
+    """
+    size = rows.shape[1]
+    start = 10 + int.from_bytes(rows[0, 8:10].tobytes(), "little")
+    header = rows[0, :start].tobytes()
+    if header[:8] != _NPY_VERSION_1 or start >= size or (rows[:, :start] != rows[0, :start]).any():
+        return None
+    dtype, shape, plain = _npy_header(header)
+    if not plain or not dtype.isnative or size - start != dtype.itemsize * math.prod(shape):
+        return None
+    if start % dtype.itemsize or size % dtype.itemsize:  # torch takes no numbers that lie across their places
+        return None
+    return rows[:, start:].view(dtype).reshape(len(rows), *shape)
 
 
 def npy_bytes(array: np.ndarray) -> bytes:

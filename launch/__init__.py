@@ -1,9 +1,10 @@
 """Where work runs and where the result goes.
 
-    cli.py         the commands; answers --help without importing torch
+    cli.py         the commands; answers --help without importing torch; cli_shards.py: `driftmap shards`
     quickstart.py  the whole line on one machine, from pictures to a few-step pipeline
     evaluation.py  from run folders to a table
     export.py      a run as a diffusers pipeline folder
-    bench.py       what our code costs beside a reference
+    plan.py        what a config will cost, before it runs
+    bench.py       what our code costs beside a reference; bench_loader.py, bench_peers.py: loaders of others
 Nothing is imported here: `driftmap --help` has to answer at once on a login node.
 """

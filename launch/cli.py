@@ -236,5 +236,17 @@ def bench_ema(
     show(ema(rounds=rounds), json_file, console)
 
 
+@bench_app.command("loader")
+def bench_loader(
+    json_file: Annotated[Path | None, typer.Option("--json", help="also write the table here")] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="alternated rounds of each")] = 9,
+) -> None:
+    """Time our loader beside webdataset, streaming and litdata on the same samples."""
+    from .bench import show
+    from .bench_loader import loader
+
+    show(loader(rounds=rounds), json_file, console)
+
+
 if __name__ == "__main__":
     main()
