@@ -140,9 +140,13 @@ def read_losses(folder: Path) -> dict[int, dict[str, float]]:
     from driftmap.trainer.report import read_log
 
     clock = ("images_per_s", "images_per_s_per_process", "tflops", "mfu_percent", "peak_memory_bytes")
-    clock += ("data_wait_percent", "time_s")
+    clock += ("time_s",)
     return {
-        line["step"]: {name: value for name, value in line.items() if name not in clock}
+        line["step"]: {
+            name: value
+            for name, value in line.items()
+            if name not in clock and not name.startswith("data_")  # waiting, downloads, retries
+        }
         for line in read_log(folder / "log.jsonl")[0]
     }
 

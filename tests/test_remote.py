@@ -26,6 +26,7 @@ from driftmap.data.remote import place_of
 from driftmap.data.shards import CARD, ShardSet
 from driftmap.trainer.config import ConfigError, read_config
 from driftmap.trainer.recipe import recipe_from, resolved, schema
+from driftmap.trainer.report import read_log
 from runs import checkpoints, driftmap, read_losses, wait_until, write_config
 
 
@@ -202,3 +203,5 @@ def test_a_run_from_an_address_is_the_local_one(local, tmp_path):
         assert [here[step][name] for name in tensors] == [there[step][name] for name in tensors]
     assert read_losses(runs[0]) == read_losses(runs[1])
     assert len(names(tmp_path / "cache", "*.tar")) > 0
+    told = [read_log(run / "log.jsonl")[0] for run in runs]
+    assert told[1][0]["data_downloads"] > 0 and "data_downloads" not in told[0][0]

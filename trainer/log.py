@@ -120,6 +120,7 @@ class Journal:
             **self._rates(run, (run.step - self.step) * run.recipe.data.batch_size / elapsed),
             "data_wait_percent": 100 * (run.batches.wait_s - self.waited_s) / elapsed,
             "time_s": time.monotonic() - self.started,
+            **{f"data_{name}": count for name, count in run.batches.reader_stats.items()},  # of an address
         }
         self._mark(run)
         run.strategy.world.first(lambda: self._write(run, values))

@@ -87,7 +87,7 @@ class Zero(DataParallel):
                 "reduce_bucket_size": BUCKET,
                 # A custom autograd.Function without a forward-mode rule.
                 "memory_efficient_linear": False,
-                # A block's parameters travel together, so the small ones cost nothing extra.
+                # Small parameters are shared like all others, so that a plan can count what is held.
                 "stage3_param_persistence_threshold": 0,
                 **offload,
             },
@@ -105,7 +105,7 @@ class Zero(DataParallel):
         self.engine: Any = self.task
         self._zero: Any = self.engine.optimizer
         self._check(model)
-        find = self._rows_of_three if self.stage == 3 else self._rows_of_two
+        find = self._cut_by_parameter if self.stage == 3 else self._cut_flat
         self.fragments = find(names, shapes)
 
     def _check(self, model: nn.Module) -> None:
@@ -130,7 +130,7 @@ class Zero(DataParallel):
             state.update({moment: torch.zeros_like(flat) for moment in MOMENTS})
         return state
 
-    def _rows_of_two(self, names: dict[int, str], shapes: dict[str, tuple[int, ...]]) -> list[Fragment]:
+    def _cut_flat(self, names: dict[int, str], shapes: dict[str, tuple[int, ...]]) -> list[Fragment]:
         """Return the fragments of stages 1 and 2: the flat list of all parameters is cut in equal parts."""
         found = []
         for flat, group in zip(
@@ -146,7 +146,7 @@ class Zero(DataParallel):
                     found.append(_fragment(name, shapes[name], start, flat, state, run))
         return found
 
-    def _rows_of_three(self, names: dict[int, str], shapes: dict[str, tuple[int, ...]]) -> list[Fragment]:
+    def _cut_by_parameter(self, names: dict[int, str], shapes: dict[str, tuple[int, ...]]) -> list[Fragment]:
         """Return the fragments of stage 3: every parameter is cut in equal parts, the last one padded."""
         found = []
         for number, group in enumerate(self._zero.fp16_groups):
