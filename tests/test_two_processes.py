@@ -2,7 +2,6 @@
 
 import functools
 import resource
-import socket
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from safetensors.torch import load_file
 
 from driftmap.data.synthetic import write_points
 from driftmap.trainer.pieces import Pieces
-from runs import driftmap, read_losses, tree, write_config
+from runs import driftmap, launched, read_losses, tree, write_config
 
 STEP = "step-00000004"
 
@@ -21,21 +20,12 @@ def points(tmp_path_factory):
 
 
 def on_two(config, run, *overrides, disturb=None):
-    """Start a command as a launcher does, once a process, and return both; `disturb` is for the first one."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    commands = []
-    for rank in "01":
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        before = functools.partial(note_weights, run.parent / f"{run.name}-{rank}.safetensors", disturb, rank)
-        logs = run.parent / f"{run.name}-{rank}.logs"
-        words = ("train", config, *overrides, "--out", run)
-        commands.append(driftmap(*words, logs=logs, before=before, **place))
-    return commands
+    """Start a command in two processes, which note what they hold; `disturb` is for the first one."""
+    before = functools.partial(note_weights, run, disturb)
+    return launched(2, "train", config, *overrides, "--out", run, logs=run, before=before)
 
 
-def note_weights(file, disturb, rank):
+def note_weights(run_folder, disturb, rank):
     """Let this process write the weights that it holds itself when its run has ended."""
     from safetensors.torch import save_file
 
@@ -46,11 +36,12 @@ def note_weights(file, disturb, rank):
     def train_and_note(recipe, folder):
         run = train(recipe, folder)
         means = {f"ema/{number}": mean for number, mean in enumerate(run.ema.means["ema"])}
+        file = run_folder.with_name(f"{run_folder.name}-{rank}.safetensors")
         save_file({**run.model.state_dict(), **means}, file)
         return run
 
     build.train = train_and_note
-    if disturb is not None and rank == "0":
+    if disturb is not None and rank == 0:
         disturb()
 
 

@@ -138,12 +138,7 @@ def load_model(folder: Path, *, weights: str = "ema") -> nn.Module:
 
 def run_recipe(folder: Path) -> dict[str, Any]:
     """Return the resolved settings that a run was trained with."""
-    file = folder / "recipe.yaml"
-    if not file.is_file():
-        raise ConfigError(
-            f"{folder} is no run folder (no recipe.yaml); give the folder that `driftmap train` made"
-        )
-    return yaml.safe_load(file.read_text())
+    return yaml.safe_load(_text_of_run(folder, "recipe.yaml"))
 
 
 def shards_of_run(folder: Path) -> ShardSet:
@@ -162,12 +157,17 @@ def guided(model: FlowMap, scale: float, *, interval: tuple[float, float] = (0.0
 
 def settings_of_run(folder: Path) -> dict[str, Any]:
     """Return the settings of a run's network."""
-    file = folder / "network.json"
+    return json.loads(_text_of_run(folder, "network.json"))
+
+
+def _text_of_run(folder: Path, name: str) -> str:
+    """Return what a file of a run says; ConfigError where the folder is no run."""
+    file = folder / name
     if not file.is_file():
         raise ConfigError(
-            f"{folder} is no run folder (no network.json); give the folder that `driftmap train` made"
+            f"{folder} is no run folder (no {name}); give the folder that `driftmap train` made"
         )
-    return json.loads(file.read_text())
+    return file.read_text()
 
 
 def _model(recipe: Recipe) -> tuple[nn.Module, dict[str, Any]]:

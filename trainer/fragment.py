@@ -7,7 +7,6 @@ once, for a list of fragments.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -29,8 +28,3 @@ class Fragment:
     exp_avg: Tensor
     exp_avg_sq: Tensor
     writes: bool
-
-    @property
-    def whole(self) -> bool:
-        """Whether this is all of the parameter."""
-        return self.value.numel() == torch.Size(self.shape).numel()

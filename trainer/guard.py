@@ -61,7 +61,7 @@ class Guard:
             "kind": "not finite",
             "action": policy,
             "samples": samples[:MOST_SAMPLES] or [{"key": key} for key in _keys_of_step(run)],
-            "weight_norms": _norms_by_block(run, {f.name: [f.value] for f in run.strategy.fragments}),
+            "weight_norms": _norms_by_block(run, {f.name: f.value for f in run.strategy.fragments}),
             "gradient_norms": _norms_by_block(run, run.strategy.bad_gradients),
         }
         world.first(lambda: _write(run, incident))
@@ -113,13 +113,13 @@ def _keys_of_step(run: Run) -> list[str]:
     return run.batches.keys_of(torch.arange(first, min(run.samples, first + MOST_SAMPLES)))
 
 
-def _norms_by_block(run: Run, tensors: dict[str, list[Tensor]]) -> dict[str, str]:
+def _norms_by_block(run: Run, tensors: dict[str, Tensor]) -> dict[str, str]:
     """Return the norms of tensors by the block that their names begin with; every process must call."""
     squares: dict[str, float] = defaultdict(float)
     writes = {fragment.name for fragment in run.strategy.fragments if fragment.writes}
-    for name, values in tensors.items():
+    for name, value in tensors.items():
         if name in writes:
-            squares[_block(name)] += sum(value.double().square().sum().item() for value in values)
+            squares[_block(name)] += value.double().square().sum().item()
     total: dict[str, float] = defaultdict(float)
     for part in run.strategy.world.gathered(dict(squares)):
         for block, square in part.items():

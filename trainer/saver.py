@@ -71,7 +71,15 @@ class Saver:
 
     def state(self, run: Run) -> dict[str, Any]:
         """Return what state.json is to hold."""
-        return _state(run)
+        return {
+            "step": run.step,
+            "samples": run.samples,
+            "optimizer_updates": run.strategy.num_updates,
+            "ema_updates": run.ema.num_updates,
+            "loss_scale": run.strategy.scale,
+            "world_size": run.strategy.world.size,
+            "lineage": run.lineage,
+        }
 
     def prune(self, run: Run) -> None:
         """Remove what the folder just saved makes superfluous."""
@@ -175,18 +183,6 @@ def remove(folder: Path) -> None:
     removed = folder.with_suffix(".removed")
     os.rename(folder, removed)
     shutil.rmtree(removed)
-
-
-def _state(run: Run) -> dict[str, Any]:
-    return {
-        "step": run.step,
-        "samples": run.samples,
-        "optimizer_updates": run.strategy.num_updates,
-        "ema_updates": run.ema.num_updates,
-        "loss_scale": run.strategy.scale,
-        "world_size": run.strategy.world.size,
-        "lineage": run.lineage,
-    }
 
 
 def _pieces(run: Run, names: list[str]) -> dict[str, list[Piece]]:

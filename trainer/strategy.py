@@ -52,7 +52,7 @@ class DataParallel:
         self.stepped = False  # whether the last micro step completed a step
         self.applied = False  # whether that step changed the weights: its gradient was finite
         self.overflowed = False  # whether it was not finite while fp16 losses were scaled up
-        self.bad_gradients: dict[str, list[Tensor]] = {}  # of the last step that was not finite, by name
+        self.bad_gradients: dict[str, Tensor] = {}  # of the last step that was not finite, by name
         self._micro_steps = 0
         self._good_steps = 0
         self._connect()
@@ -135,7 +135,7 @@ class DataParallel:
             self.optimizer.step()
         else:
             grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-            self.bad_gradients = {name: [self._local(grad)] for name, grad in grads.items()}
+            self.bad_gradients = {name: self._local(grad) for name, grad in grads.items()}
         self.optimizer.zero_grad(set_to_none=True)
         self._rescale()
 

@@ -101,9 +101,10 @@ class Zero(DataParallel):
                 module.around_derivative = _gathered
         names = {id(parameter): name for name, parameter in trainable(model).items()}
         shapes = {name: tuple(parameter.shape) for name, parameter in trainable(model).items()}
-        self.task, self.optimizer = self.accelerator.prepare(task, adamw(section, model))
+        self.task, _ = self.accelerator.prepare(task, adamw(section, model))
         self.engine: Any = self.task
         self._zero: Any = self.engine.optimizer
+        self.optimizer = self._zero.optimizer  # over the flat partitions
         self._check(model)
         find = self._cut_by_parameter if self.stage == 3 else self._cut_flat
         self.fragments = find(names, shapes)
@@ -124,7 +125,7 @@ class Zero(DataParallel):
 
     def _moments(self, flat: Tensor) -> dict[str, Any]:
         """Return the optimizer's state of a flat partition, made now so that a checkpoint can fill it."""
-        state = self._zero.optimizer.state[flat]
+        state = self.optimizer.state[flat]
         if not state:
             state["step"] = torch.zeros((), device=flat.device)
             state.update({moment: torch.zeros_like(flat) for moment in MOMENTS})
@@ -175,22 +176,12 @@ class Zero(DataParallel):
 
     def step(self, learning_rate: float) -> None:
         """Let the engine clip and step where accumulation is complete; it skips what is not finite."""
-        set_learning_rate(self._zero, learning_rate)
+        set_learning_rate(self.optimizer, learning_rate)
         self.engine.step()
         if self.stepped:
             self.applied = not self._zero.overflow
             if self.applied:
                 self.grad_norm = float(self._zero._global_grad_norm)
-
-    @property
-    def num_updates(self) -> int:
-        """The number of optimizer steps that changed the weights, as the optimizer counts them."""
-        return int(next(iter(self._zero.optimizer.state.values()))["step"].item())
-
-    @num_updates.setter
-    def num_updates(self, number: int) -> None:
-        for state in self._zero.optimizer.state.values():
-            state["step"].fill_(number)
 
     @torch.no_grad()
     def refresh(self) -> None:
