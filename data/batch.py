@@ -3,16 +3,20 @@
 `Batches.position` is the whole state: the stream position after the last batch that was handed out, whatever
 the thread has read beyond it. `Batches(..., start=position)` goes on there, on any number of ranks.
 
-A thread and not processes: the bytes of latents are decoded by a copy, and sending them from another process
-costs more than that. Pictures are decoded by code that lets other threads run.
+Threads and not processes: the bytes of latents are decoded by a copy, and sending them from another process
+costs more than that; a second thread would only wait for the first. Pictures are decoded by code that lets
+other threads run, so some batches are decoded side by side.
 """
 
+import os
 import queue
 import threading
 import time
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -20,11 +24,11 @@ from typing import Self
 import numpy as np
 import torch
 
-from .decode import Batch, Decoder, decode_batch, find_decoder
-from .members import read_label
+from .decode import Batch, Decoder, find_decoder, floats
 from .plan import Plan, rank_positions
 from .prefetch import Ahead, Prefetch
-from .reader import Reader, Sample
+from .reader import Reader
+from .samples import Samples
 from .shards import ShardSet
 
 _LOOKED_UP = 1024  # positions at a time
@@ -56,8 +60,11 @@ class Stream:
 class Batches:
     """An endless iterator of this rank's part of each global batch.
 
-    A batch holds `index` (stream positions, int64), what the decoder gives (`data`, or `mean` and `std`),
-    and `label` (int64) if the data set has `cls` members.
+    A batch holds `index` (stream positions, int64), what the decoder gives (`data`, or `mean` and `std`) in
+    the types that it is stored in, and `label` (int64) if the data set has `cls` members.
+
+    `workers` threads decode batches side by side, ahead of the one that hands them over; with 0 that one
+    decodes alone. Where it is left out the decoder knows what pays.
 
     `next` raises `ValueError` for a sample that cannot be read or decoded; it names the shard and the key.
     """
@@ -70,6 +77,7 @@ class Batches:
         decoder: Decoder | None = None,
         start: int = 0,
         prefetch: int = 4,
+        workers: int | None = None,
     ) -> None:
         if start < 0:
             raise ValueError(f"start is {start}; a stream begins at position 0")
@@ -82,11 +90,14 @@ class Batches:
         self._ahead = _Ahead(prefetch)
         evict = shards.remote is None or _window_fits(shards, stream.window)
         decoder = decoder or find_decoder(shards)
-        self._source = _Source(shards, decoder, evict=evict, stop=self._ahead.stopped)
-        fetching = _prefetch(self._source.reader, self.plan, stream, start) if shards.remote else None
+        self._samples = Samples(shards, decoder, evict=evict, stop=self._ahead.stopped)
+        fetching = _prefetch(self._samples.reader, self.plan, stream, start) if shards.remote else None
+        if workers is None:
+            workers = min(getattr(decoder, "workers", 0), os.cpu_count() or 1)
+        reading = _Reading(self._samples, self.plan, stream, fetching)
         thread = threading.Thread(
             target=_read_ahead,
-            args=(self._ahead, self._source, self.plan, stream, start, fetching),
+            args=(self._ahead, reading, start, workers),
             name="driftmap batches",
             daemon=True,
         )
@@ -113,13 +124,13 @@ class Batches:
     @property
     def reader_stats(self) -> dict[str, int]:
         """What went over the network, failed there or was in the cache; empty for a local folder."""
-        remote = self._source.reader.shards.remote
+        remote = self._samples.reader.shards.remote
         return remote.stats() if remote is not None else {}
 
     def keys_of(self, index: torch.Tensor) -> list[str]:
         """Return the keys of the samples at these stream positions, for messages about them."""
         samples = self.plan.at(index.detach().cpu().numpy())
-        return [self._source.reader.key(int(sample)) for sample in samples]
+        return [self._samples.reader.key(int(sample)) for sample in samples]
 
     def close(self) -> None:
         """Stop reading ahead; closing twice does nothing."""
@@ -137,35 +148,14 @@ class Batches:
 def ordered(shards: ShardSet, batch_size: int, *, decoder: Decoder | None = None) -> Iterator[Batch]:
     """Yield every sample once in the order of the data set, for evaluation; the last batch may be short.
 
-    `index` is the number of each sample in the data set.
+    `index` is the number of each sample in the data set; `data`, or `mean` and `std`, are float32.
     """
-    source = _Source(shards, decoder or find_decoder(shards))
+    source = Samples(shards, decoder or find_decoder(shards))
     for start in range(0, shards.num_samples, batch_size):
-        samples = np.arange(start, min(start + batch_size, shards.num_samples), dtype=np.int64)
-        yield source.batch(samples, index=samples)
-
-
-class _Source:
-    """Reads and decodes the samples of a batch and stacks them."""
-
-    def __init__(
-        self,
-        shards: ShardSet,
-        decoder: Decoder,
-        *,
-        evict: bool = True,
-        stop: threading.Event | None = None,
-    ) -> None:
-        self._decoder = decoder
-        self._has_label = "cls" in shards.extensions
-        self.reader = Reader(shards, extensions={*decoder.extensions, "cls"}, evict=evict, stop=stop)
-
-    def batch(self, numbers: np.ndarray, *, index: np.ndarray) -> Batch:
-        samples = [self.reader.read(int(number)) for number in numbers]
-        batch = {"index": torch.from_numpy(index), **decode_batch(samples, self._decoder)}
-        if self._has_label:
-            batch["label"] = torch.tensor([_label(sample) for sample in samples], dtype=torch.int64)
-        return batch
+        numbers = np.arange(start, min(start + batch_size, shards.num_samples), dtype=np.int64)
+        batch = source.batch(numbers, index=numbers)
+        stored = (torch.uint8, torch.float16, torch.float32, torch.float64)
+        yield {name: floats(each) if each.dtype in stored else each for name, each in batch.items()}
 
 
 class _Ahead:
@@ -204,17 +194,43 @@ class _Ahead:
         self.stopped.set()
 
 
-def _read_ahead(
-    ahead: _Ahead, source: _Source, plan: Plan, stream: Stream, start: int, fetching: Prefetch | None
-) -> None:
+@dataclass(frozen=True)
+class _Reading:
+    """What reads the global batch that begins at a position of the stream."""
+
+    samples: Samples
+    plan: Plan
+    stream: Stream
+    fetching: Prefetch | None
+
+    def batch(self, start: int) -> Batch:
+        """Return this rank's part of the batch."""
+        stream = self.stream
+        index = rank_positions(start, stream.batch_size, rank=stream.rank, world=stream.world)
+        return self.samples.batch(self.plan.at(index), index=index)
+
+    def advance(self, start: int) -> None:
+        """Tell the threads that bring shards where the reader is."""
+        if self.fetching is not None:
+            self.fetching.advance(start)
+
+
+def _read_ahead(ahead: _Ahead, reading: _Reading, start: int, workers: int) -> None:
     try:
-        wanted = True
-        while wanted:
-            if fetching is not None:
-                fetching.advance(start)
-            index = rank_positions(start, stream.batch_size, rank=stream.rank, world=stream.world)
-            wanted = ahead.put(source.batch(plan.at(index), index=index))
-            start += stream.batch_size
+        with ThreadPoolExecutor(max(workers, 1), "driftmap decoder") as pool:
+            waiting: deque[Future[Batch]] = deque()
+            wanted = True
+            while wanted:
+                while len(waiting) < workers:
+                    reading.advance(start)
+                    waiting.append(pool.submit(reading.batch, start))
+                    start += reading.stream.batch_size
+                if workers:
+                    wanted = ahead.put(waiting.popleft().result())
+                else:
+                    reading.advance(start)
+                    wanted = ahead.put(reading.batch(start))
+                    start += reading.stream.batch_size
     except BaseException as error:  # noqa: BLE001 - whatever it is, the consumer has to see it
         ahead.put(error)
 
@@ -263,12 +279,3 @@ def _stop(ahead: _Ahead, threads: list[threading.Thread]) -> None:
         # The garbage collector may run this in the very thread that is to end.
         if thread is not threading.current_thread():
             thread.join()
-
-
-def _label(sample: Sample) -> int:
-    if "cls" not in sample.members:
-        raise ValueError(f"{sample.name}: there is no cls, which other samples of the data set have")
-    try:
-        return read_label(sample.members["cls"])
-    except ValueError as error:
-        raise ValueError(f"{sample.name}: {error}") from error

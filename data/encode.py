@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .decode import Decoder, decode_batch, find_decoder
+from .decode import Decoder, decode_batch, find_decoder, floats
 from .members import npy_bytes
 from .reader import Reader, Sample
 from .shards import ShardSet, index_shards
@@ -88,7 +88,7 @@ def _encoded(
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     while batch := list(islice(samples, batch_size)):
         with torch.inference_mode():
-            mean, std = encode(decode_batch(batch, decoder)["data"])
+            mean, std = encode(floats(decode_batch(batch, decoder)["data"]))
         if not mean.shape == std.shape or mean.ndim != 4 or len(mean) != len(batch):
             raise ValueError(
                 f"the encoder gave mean {tuple(mean.shape)} and std {tuple(std.shape)} "

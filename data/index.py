@@ -8,22 +8,25 @@ files are passed over.
 A sidecar belongs to a tar of one size. Times of modification are not looked at: copying changes them.
 """
 
+import contextlib
 import io
 import mmap
 import re
 import tarfile
 import zipfile
-import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32  # zlib's own takes ten times as long
 
+from .members import is_finite, read_label
 from .writer import write_atomically
 
-_FORMAT = 1
+_FORMAT = 2
+NO_LABEL = np.iinfo(np.int64).min
 _MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 _COMMAND = "run `driftmap shards index {}`"
 
@@ -35,7 +38,9 @@ class Index:
     """The samples of one tar, in the order of their first members.
 
     `offsets`, `sizes` and `crcs` are (n, m) for n samples and m extensions; a size of -1 means absent.
-    `packed_keys` is every key followed by a zero byte. `labels` counts the samples of each class.
+    `packed_keys` is every key followed by a zero byte. `labels` (n,) are the classes, `NO_LABEL` where there
+    is none, and `finite` (n,) tells whether no array of a sample holds a number that is not finite: whoever
+    compares checksums need not look at the numbers again.
     """
 
     packed_keys: bytes
@@ -44,7 +49,8 @@ class Index:
     sizes: np.ndarray
     crcs: np.ndarray
     tar_bytes: int
-    labels: dict[int, int]
+    labels: np.ndarray
+    finite: np.ndarray
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -88,7 +94,6 @@ def build_index(tar: Path) -> Path:
     with open(tar, "rb") as file:
         samples = _scan(tar, file)
         index = _tabulate(tar, file, samples)
-    label_items = sorted(index.labels.items())
     buffer = io.BytesIO()
     np.savez(
         buffer,
@@ -99,7 +104,8 @@ def build_index(tar: Path) -> Path:
         sizes=index.sizes,
         crcs=index.crcs,
         tar_bytes=np.int64(index.tar_bytes),
-        labels=np.array(label_items, np.int64).reshape(-1, 2),
+        labels=index.labels,
+        finite=index.finite,
     )
     write_atomically(index_path(tar), buffer.getvalue())
     return index_path(tar)
@@ -142,7 +148,8 @@ def read_index(source: Path | BinaryIO, name: Path | str, *, remedy: str) -> Ind
                 sizes=arrays["sizes"],
                 crcs=arrays["crcs"],
                 tar_bytes=int(arrays["tar_bytes"]),
-                labels={int(label): int(count) for label, count in arrays["labels"]},
+                labels=arrays["labels"],
+                finite=arrays["finite"],
             )
     except (KeyError, EOFError, zipfile.BadZipFile, OSError) as error:
         raise ValueError(f"{name} is damaged ({error}); {remedy}") from error
@@ -212,15 +219,19 @@ def _tabulate(tar: Path, file: BinaryIO, samples: Samples) -> Index:
     offsets = np.zeros((len(samples), len(extensions)), np.int64)
     sizes = np.full_like(offsets, -1)
     crcs = np.zeros(offsets.shape, np.uint32)
-    labels: dict[int, int] = {}
+    labels = np.full(len(samples), NO_LABEL)
+    finite = np.ones(len(samples), bool)
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory, memoryview(memory) as view:
         for row, members in enumerate(samples.values()):
             for extension, (offset, size) in members.items():
                 place = row, column[extension]
                 offsets[place], sizes[place] = offset, size
-                crcs[place] = zlib.crc32(view[offset : offset + size])
-                if extension == "cls" and re.fullmatch(rb"\s*-?\d+\s*", memory[offset : offset + size]):
-                    label = int(memory[offset : offset + size])
-                    labels[label] = labels.get(label, 0) + 1
+                crcs[place] = crc32(view[offset : offset + size])
+                # What cannot be decoded is told to whoever reads the sample, not here.
+                with contextlib.suppress(ValueError):
+                    if extension == "cls":
+                        labels[row] = read_label(memory[offset : offset + size])
+                    elif extension.rpartition(".")[2] == "npy":
+                        finite[row] &= is_finite(memory[offset : offset + size])
     keys = "".join(f"{key}\0" for key in samples).encode("utf-8", "surrogateescape")
-    return Index(keys, extensions, offsets, sizes, crcs, tar.stat().st_size, labels)
+    return Index(keys, extensions, offsets, sizes, crcs, tar.stat().st_size, labels, finite)

@@ -9,19 +9,22 @@ import json
 import math
 import re
 import struct
+from collections.abc import Iterable
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 PICTURES = ("png", "jpg", "jpeg", "webp")
+Bytes = bytes | memoryview
 _MODES = {1: "L", 3: "RGB"}
 # Pillow's decoders raise any of these for damaged bytes.
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 _NPY_VERSION_1 = b"\x93NUMPY\x01\x00"
 
 
-def open_picture(data: bytes) -> Image.Image:
+def open_picture(data: Bytes) -> Image.Image:
     """Decode a picture, whatever its mode.
 
     Raises `ValueError` if the bytes are no picture, are cut off, or hold more than 8 bits a channel.
@@ -50,28 +53,20 @@ def with_channels(image: Image.Image, channels: int) -> Image.Image:
     return image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
 
 
-def read_bytes(data: bytes, channels: int) -> np.ndarray:
+def read_pixels(data: Bytes, channels: int) -> np.ndarray:
     """Decode a picture to uint8 (C, H, W), a view of the picture's own (H, W, C)."""
     pixels = np.asarray(with_channels(open_picture(data), channels))
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
-def read_pixels(data: bytes, channels: int) -> np.ndarray:
-    """Decode a picture to float32 (C, H, W) in [-1, 1]."""
-    pixels = read_bytes(data, channels).astype(np.float32)
-    pixels /= 127.5
-    pixels -= 1
-    return pixels
-
-
-def read_npy(data: bytes) -> np.ndarray:
+def read_npy(data: Bytes) -> np.ndarray:
     """Decode a `.npy` member; an array of a known header costs no parsing.
 
     Raises `ValueError` if the bytes are no array, or fewer than its header says.
     """
     if data[:8] == _NPY_VERSION_1:
         start = 10 + int.from_bytes(data[8:10], "little")
-        dtype, shape, plain = _npy_header(data[:start])
+        dtype, shape, plain = _npy_header(bytes(data[:start]))
         if plain:
             if len(data) - start != dtype.itemsize * math.prod(shape):
                 raise ValueError(f"the array says {dtype} {shape} but holds {len(data) - start} bytes")
@@ -82,22 +77,34 @@ def read_npy(data: bytes) -> np.ndarray:
         raise ValueError(f"the {len(data)} bytes are no array of numbers ({error})") from error
 
 
-def read_npys(rows: np.ndarray) -> np.ndarray | None:
-    """Decode `.npy` members of one header, given as rows (n, size), to one array (n, *shape), a view.
+def read_npys(members: Iterable[Bytes], count: int) -> np.ndarray | None:
+    """Copy `count` `.npy` members of one header to one array (count, *shape).
 
     Returns nothing where `read_npy` has to look at each of them: headers differ, or one is damaged.
     """
-    size = rows.shape[1]
-    start = 10 + int.from_bytes(rows[0, 8:10].tobytes(), "little")
-    header = rows[0, :start].tobytes()
-    if header[:8] != _NPY_VERSION_1 or start >= size or (rows[:, :start] != rows[0, :start]).any():
+    members = iter(members)
+    first = next(members)
+    start = 10 + int.from_bytes(first[8:10], "little")
+    header = bytes(first[:start])
+    if header[:8] != _NPY_VERSION_1:
         return None
     dtype, shape, plain = _npy_header(header)
-    if not plain or not dtype.isnative or size - start != dtype.itemsize * math.prod(shape):
+    num_bytes = dtype.itemsize * math.prod(shape)
+    if not plain or num_bytes == 0:
         return None
-    if start % dtype.itemsize or size % dtype.itemsize:  # torch takes no numbers that lie across their places
-        return None
-    return rows[:, start:].view(dtype).reshape(len(rows), *shape)
+    arrays = np.empty((count, *shape), dtype)
+    room = arrays.data.cast("B")
+    for place, member in enumerate(chain([first], members)):
+        if len(member) != start + num_bytes or member[:start] != header:
+            return None
+        room[place * num_bytes : (place + 1) * num_bytes] = member[start:]
+    return arrays
+
+
+def is_finite(data: Bytes) -> bool:
+    """Return whether the array of a `.npy` member holds no infinite and no undefined number."""
+    array = read_npy(data)
+    return array.dtype.kind not in "fc" or bool(np.isfinite(array).all())
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
@@ -123,8 +130,7 @@ def check_member(extension: str, data: bytes) -> None:
     if last in PICTURES:
         open_picture(data)
     elif last == "npy":
-        array = read_npy(data)
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+        if not is_finite(data):
             raise ValueError("the array holds numbers that are not finite")
     elif last == "json":
         json.loads(data)

@@ -11,14 +11,17 @@ import bisect
 import mmap
 import os
 import threading
-import zlib
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from zlib_ng.zlib_ng import crc32
+
 from .cached import CachedShards
-from .index import Index
+from .index import NO_LABEL, Index
+from .members import Bytes
 from .shards import ShardSet
 
 
@@ -63,6 +66,7 @@ class Reader:
         self.verify = verify
         self.max_open = max_open
         self._extensions = extensions
+        self._starts = np.array(shards.starts)
         self._indices: dict[int, Index] = {}
         self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
         self._lock = threading.Lock()
@@ -90,6 +94,59 @@ class Reader:
         if self.verify:
             _verify(result, index, row)
         return result
+
+    def members(self, samples: np.ndarray, extension: str) -> Iterator[Bytes]:
+        """Read one member of many samples of a local data set, as views of its tars: nothing is copied.
+
+        Raises `ValueError` as `read` does, and for a sample without the member.
+        """
+        shards, rows = self._located(samples)
+        offsets, sizes, crcs = (np.empty(len(samples), np.int64) for _ in range(3))
+        views: dict[int, memoryview] = {}
+        for shard, chosen in _groups(shards):
+            index, memory = self._opened(shard)
+            views[shard] = memoryview(memory)
+            if extension not in index.extensions:
+                raise self._without(int(samples[chosen[0]]), extension)
+            places = rows[chosen], index.extensions.index(extension)
+            offsets[chosen], sizes[chosen], crcs[chosen] = (
+                table[places] for table in (index.offsets, index.sizes, index.crcs)
+            )
+        where = zip(shards.tolist(), offsets.tolist(), sizes.tolist(), crcs.tolist(), strict=True)
+        for number, (shard, offset, size, crc) in enumerate(where):
+            if size < 0:
+                raise self._without(int(samples[number]), extension)
+            member = views[shard][offset : offset + size]
+            if self.verify and crc32(member) != crc:
+                raise _changed(f"{self.shards.shards[shard]}: {self.key(int(samples[number]))}", extension)
+            yield member
+
+    def labels(self, samples: np.ndarray) -> np.ndarray:
+        """Return the classes of samples, from the indices.
+
+        Raises `ValueError` for a sample that has none, or whose `cls` is no number.
+        """
+        shards, rows = self._located(samples)
+        labels = np.empty(len(samples), np.int64)
+        for shard, chosen in _groups(shards):
+            labels[chosen] = self.index(shard).labels[rows[chosen]]
+        if (missing := np.flatnonzero(labels == NO_LABEL)).size:
+            sample = self.read(int(samples[missing[0]]))
+            if "cls" not in sample.members:
+                raise self._without(int(samples[missing[0]]), "cls")
+            found = bytes(sample.members["cls"][:20])
+            raise ValueError(f"{sample.name}: cls is {found!r}; expected the number of a class")
+        return labels
+
+    def not_finite(self, samples: np.ndarray) -> str | None:
+        """Return the name of the first of these samples whose arrays hold numbers that are not finite."""
+        shards, rows = self._located(samples)
+        for shard, chosen in _groups(shards):
+            finite = self.index(shard).finite[rows[chosen]]
+            if not finite.all():
+                sample = int(samples[chosen[np.flatnonzero(~finite)[0]]])
+                return f"{self.shards.shards[shard]}: {self.key(sample)}"
+        return None
 
     def key(self, sample: int) -> str:
         """Return the key of one sample without reading it."""
@@ -136,6 +193,18 @@ class Reader:
         shard = bisect.bisect_right(self.shards.starts, sample) - 1
         return shard, sample - self.shards.starts[shard]
 
+    def _located(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shard of each sample, and its row there."""
+        shards = np.searchsorted(self._starts, samples, side="right") - 1
+        return shards, samples - self._starts[shards]
+
+    def _without(self, sample: int, extension: str) -> ValueError:
+        shard, _ = self._locate(sample)
+        return ValueError(
+            f"{self.shards.shards[shard]}: {self.key(sample)}: there is no {extension}, "
+            "which other samples of the data set have"
+        )
+
     def _opened(self, shard: int) -> tuple[Index, mmap.mmap]:
         index = self.index(shard)
         with self._lock:
@@ -159,10 +228,19 @@ def _map(path: Path, num_bytes: int) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
+def _groups(shards: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield each shard, with the places where it stands."""
+    for shard in np.unique(shards).tolist():
+        yield shard, np.flatnonzero(shards == shard)
+
+
 def _verify(sample: Sample, index: Index, row: int) -> None:
     for extension, data in sample.members.items():
-        if zlib.crc32(data) != index.crcs[row, index.extensions.index(extension)]:
-            raise ValueError(
-                f"{sample.name}: {extension} has changed since it was indexed (checksum); "
-                "copy the shard again"
-            )
+        if crc32(data) != index.crcs[row, index.extensions.index(extension)]:
+            raise _changed(sample.name, extension)
+
+
+def _changed(name: str, extension: str) -> ValueError:
+    return ValueError(
+        f"{name}: {extension} has changed since it was indexed (checksum); copy the shard again"
+    )

@@ -22,7 +22,7 @@ import numpy as np
 
 from .cache import Cache
 from .cached import CachedShards
-from .index import Index, build_index, index_path, is_sidecar, list_tars, load_index
+from .index import NO_LABEL, Index, build_index, index_path, is_sidecar, list_tars, load_index
 from .remote import Remote, place_of
 from .writer import ShardWriter, write_atomically, write_shard
 
@@ -183,7 +183,8 @@ def write_dataset_card(folder: Path, info: dict[str, Any], *, licence: str = "",
         digest.update(index.crcs.astype("<u4").tobytes())
         shards.append({"name": tar.name, "count": len(index), "bytes": index.tar_bytes})
         extensions.update(index.extensions)
-        for label, count in index.labels.items():
+        found, times = np.unique(index.labels[index.labels != NO_LABEL], return_counts=True)
+        for label, count in zip(found.tolist(), times.tolist(), strict=True):
             labels[label] = labels.get(label, 0) + count
     card = {
         "format": _FORMAT,

@@ -18,9 +18,8 @@ import torch
 from PIL import Image
 
 from ..data.batch import Batches, Stream
-from ..data.decode import decode_batch, find_decoder
+from ..data.decode import BatchDecoder, find_decoder
 from ..data.members import npy_bytes, read_label, read_npy, read_pixels
-from ..data.reader import Sample
 from ..data.shards import ShardSet, ShardWriter, index_shards
 
 SHUFFLE_BUFFER = 1000
@@ -114,14 +113,14 @@ def _ours(setting: Setting, folder: Path, start: int) -> Iterator[Any]:
 
 def _webdataset_same(setting: Setting, folder: Path, start: int) -> Iterator[Any]:
     decoder = find_decoder(ShardSet.open(folder / "tars"))
+    assert isinstance(decoder, BatchDecoder)
     epochs = _raw(folder, shuffled=True)
     samples = islice(chain.from_iterable(epochs for _ in count()), start, None)
     while True:
         batch = list(islice(samples, setting.batch_size))
-        members = [{setting.member: one[setting.member], "cls": one["cls"]} for one in batch]
-        found = [Sample(one["__key__"], one["__url__"], m) for one, m in zip(batch, members, strict=True)]
-        labels = torch.tensor([read_label(one["cls"]) for one in members])
-        yield decode_batch(found, decoder) | {"label": labels}
+        decoded = decoder.stack((one[setting.member] for one in batch), len(batch))
+        assert decoded is not None
+        yield decoded | {"label": torch.tensor([read_label(one["cls"]) for one in batch])}
 
 
 def _webdataset_default(setting: Setting, folder: Path, start: int) -> Iterator[Any]:

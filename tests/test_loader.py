@@ -143,7 +143,7 @@ def test_pixels(tmp_path):
         ("grey", {"webp": picture("RGB", (0, 0, 0), "WEBP")}),
     ]
     shards = write(tmp_path, samples)
-    assert find_decoder(shards) == Pixels(3)
+    assert find_decoder(shards) == Pixels(3, ["png", "webp"])
     data = next(ordered(shards, 3))["data"]
     assert data.shape == (3, 3, 2, 3)
     assert data.dtype == torch.float32

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.decode import floats
 from .objective import Batch
 from .seeds import Random
 
@@ -35,7 +36,7 @@ class Preparation:
         moved = {name: value.to(self.device, non_blocking=True) for name, value in samples.items()}
         random = Random(self.seed, moved["index"])
         if "mean" not in moved:
-            return Batch(moved["data"], moved.get("label"), random)
-        mean = moved["mean"].float()
-        drawn = mean + moved["std"].float() * random.normal("posterior", tuple(mean.shape[1:]))
+            return Batch(floats(moved["data"]), moved.get("label"), random)
+        mean = floats(moved["mean"])
+        drawn = mean + floats(moved["std"]) * random.normal("posterior", tuple(mean.shape[1:]))
         return Batch((drawn - self.shift_factor) * self.scaling_factor, moved.get("label"), random)
