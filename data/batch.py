@@ -15,9 +15,10 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -31,7 +32,7 @@ from .reader import Reader
 from .samples import Samples
 from .shards import ShardSet
 
-_LOOKED_UP = 1024  # positions at a time
+_LOOKED_UP = 2048  # positions at a time
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,10 @@ class Batches:
         fetching = _prefetch(self._samples.reader, self.plan, stream, start) if shards.remote else None
         if workers is None:
             workers = min(getattr(decoder, "workers", 0), os.cpu_count() or 1)
-        reading = _Reading(self._samples, self.plan, stream, fetching)
+        reading = _Reading(self._samples, _shares(self.plan, stream, start), fetching)
         thread = threading.Thread(
             target=_read_ahead,
-            args=(self._ahead, reading, start, workers),
+            args=(self._ahead, reading, workers),
             name="driftmap batches",
             daemon=True,
         )
@@ -194,43 +195,42 @@ class _Ahead:
         self.stopped.set()
 
 
+def _shares(plan: Plan, stream: Stream, start: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield where each global batch begins, and the positions and samples of this rank's share of it."""
+    share = stream.batch_size // stream.world
+    many = max(1, _LOOKED_UP // share)  # at a time: one long look costs a tenth of many short ones
+    while True:
+        index = rank_positions(start, many * stream.batch_size, rank=stream.rank, world=stream.world)
+        for positions, numbers in zip(np.split(index, many), np.split(plan.at(index), many), strict=True):
+            yield start, positions, numbers
+            start += stream.batch_size
+
+
 @dataclass(frozen=True)
 class _Reading:
-    """What reads the global batch that begins at a position of the stream."""
+    """What makes this rank's batches, one after another."""
 
     samples: Samples
-    plan: Plan
-    stream: Stream
+    shares: Iterator[tuple[int, np.ndarray, np.ndarray]]
     fetching: Prefetch | None
 
-    def batch(self, start: int) -> Batch:
-        """Return this rank's part of the batch."""
-        stream = self.stream
-        index = rank_positions(start, stream.batch_size, rank=stream.rank, world=stream.world)
-        return self.samples.batch(self.plan.at(index), index=index)
-
-    def advance(self, start: int) -> None:
-        """Tell the threads that bring shards where the reader is."""
+    def next(self) -> Callable[[], Batch]:
+        """Go on to the next batch, and return what reads it."""
+        start, positions, numbers = next(self.shares)
         if self.fetching is not None:
             self.fetching.advance(start)
+        return partial(self.samples.batch, numbers, index=positions)
 
 
-def _read_ahead(ahead: _Ahead, reading: _Reading, start: int, workers: int) -> None:
+def _read_ahead(ahead: _Ahead, reading: _Reading, workers: int) -> None:
     try:
         with ThreadPoolExecutor(max(workers, 1), "driftmap decoder") as pool:
             waiting: deque[Future[Batch]] = deque()
             wanted = True
             while wanted:
                 while len(waiting) < workers:
-                    reading.advance(start)
-                    waiting.append(pool.submit(reading.batch, start))
-                    start += reading.stream.batch_size
-                if workers:
-                    wanted = ahead.put(waiting.popleft().result())
-                else:
-                    reading.advance(start)
-                    wanted = ahead.put(reading.batch(start))
-                    start += reading.stream.batch_size
+                    waiting.append(pool.submit(reading.next()))
+                wanted = ahead.put(waiting.popleft().result() if workers else reading.next()())
     except BaseException as error:  # noqa: BLE001 - whatever it is, the consumer has to see it
         ahead.put(error)
 

@@ -142,8 +142,8 @@ class Reader:
         """Return the name of the first of these samples whose arrays hold numbers that are not finite."""
         shards, rows = self._located(samples)
         for shard, chosen in _groups(shards):
-            finite = self.index(shard).finite[rows[chosen]]
-            if not finite.all():
+            index = self.index(shard)
+            if not index.all_finite and not (finite := index.finite[rows[chosen]]).all():
                 sample = int(samples[chosen[np.flatnonzero(~finite)[0]]])
                 return f"{self.shards.shards[shard]}: {self.key(sample)}"
         return None
