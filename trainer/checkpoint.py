@@ -13,6 +13,7 @@ processes goes on from them under any strategy. saver.py writes them.
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,11 +140,11 @@ def newest(run_folder: Path) -> Checkpoint | None:
     return None
 
 
-def verify(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint folder, or None if every file has its size and hash."""
+def verify(folder: Path, *, kinds: Collection[str] = ("model", "optimizer", "ema")) -> str | None:
+    """Return what is wrong with a folder, or None if it lists these kinds and every file has its hash."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        if not isinstance(manifest, dict) or not _lists_a_checkpoint(manifest):
+        if not isinstance(manifest, dict) or not _lists(manifest, kinds):
             return f"{folder / 'manifest.json'}: it does not list the files of a checkpoint"
         for name, digest in manifest.items():
             if digest_of(folder / name) != digest:
@@ -157,12 +158,12 @@ def verify(folder: Path) -> str | None:
     return None
 
 
-def _lists_a_checkpoint(manifest: dict[str, Any]) -> bool:
+def _lists(manifest: dict[str, Any], needed: Collection[str]) -> bool:
     """Return whether the names are state.json and, of each kind of tensors, a file of every process."""
     files = [name.rsplit("-", 3) for name in manifest if name != "state.json"]
     kinds = {parts[0] for parts in files}
     num_files = {int(parts[3].split(".")[0]) for parts in files if len(parts) == 4 and parts[3][:5].isdigit()}
-    if "state.json" not in manifest or len(num_files) != 1 or not {"model", "optimizer", "ema"} <= kinds:
+    if "state.json" not in manifest or len(num_files) != 1 or not kinds.issuperset(needed):
         return False
     (size,) = num_files
     expected = {file_name(kind, rank, size) for kind in kinds for rank in range(size)}

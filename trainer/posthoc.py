@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..data.shards import write_atomically
-from .checkpoint import CheckpointError, digest_of
+from .checkpoint import CheckpointError, verify
 from .ema import Power, reconstruction, residual
 from .log import warn
 from .loop import Run
@@ -176,17 +176,10 @@ def _until(run_folder: Path, step: int | None) -> list[Snapshot]:
 
 def _read(folder: Path) -> Snapshot | str:
     """Return a snapshot, or what is wrong with it."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        for name in {"state.json"} | manifest.keys():
-            if digest_of(folder / name) != manifest.get(name):
-                return f"{folder / name}: the contents differ from the manifest"
-        state = json.loads((folder / "state.json").read_text())
-        return Snapshot(folder, state["step"], state["ema_updates"], state["widths"])
-    except OSError as error:
-        return f"{error.filename}: {error.strerror}"
-    except (ValueError, AttributeError) as error:  # no JSON, or no object
-        return f"{folder / 'manifest.json'}: it is no manifest ({error})"
+    if problem := verify(folder, kinds=()):
+        return problem
+    state = json.loads((folder / "state.json").read_text())
+    return Snapshot(folder, state["step"], state["ema_updates"], state["widths"])
 
 
 def _remove_after(run_folder: Path, updates: int) -> None:
