@@ -20,22 +20,38 @@ The files, in the order in which a sample travels:
     tables.py     one picture a row; rows.py: CSV, JSONL, parquet and `datasets` as rows
     emoji.py      emoji from npm packages, three drawings of each
     pictures.py   pictures of any kind become pictures of one kind
+    split.py      a source in two parts, one of them held out
     making.py     a source becomes shards: by several processes, resumable
     synthetic.py  two-dimensional point sets with a known density
     writer.py     one sample after another into tars; `write_atomically`
     index.py      the sidecar of one tar: where each member lies, and its checksum
-    shards.py     a folder of indexed tars as one data set: `ShardSet`, `dataset.json`
+    card.py       `dataset.json`: what a data set says of itself
+    shards.py     a folder of indexed tars as one data set: `ShardSet`
     remote.py     reads behind an address (http://, s3://, ...), again where it fails
     cache.py      a bounded folder of whole files that the processes of a node share
     cached.py     the shards of a data set behind an address, through that cache
     prefetch.py   brings the shards that come next into the cache, in threads
     check.py      reads every byte of a data set and says what is wrong with it
-    encode.py     pictures to latents, once, before training
+    repair.py     writes indices and cards anew, from the tars
+    encode.py     pictures to latents, captions to embeddings, once, on any number of processes
+    encoders.py   what is stored of each picture and caption
+    text.py       where captions stand, and their embeddings as batches
+    labels.py     what a sample is labelled by: class, a field of its json, caption
+    buckets.py    the sizes that pictures have, each shard those of one
+    joined.py     several data sets as one; routed.py: some of them behind addresses
     plan.py       which sample goes into which slot of which batch
+    mixture.py    several plans as one, each with its weight
+    order.py      the plan of a data set, or the mixture of data sets, classes or buckets
     reader.py     the bytes of one sample
     members.py    the bytes of one member as an array: picture, array, label
     decode.py     the members of a sample as pixels, moments of latents, or points
-    batch.py      batches as tensors, read ahead in a thread
+    samples.py    samples by their numbers as batches
+    faults.py     what stands in the places of samples that cannot be used
+    ahead.py      a thread that reads batches ahead
+    batch.py      batches as tensors, in the exact order
+    stream.py     shards without an index: folders, addresses, commands
+    resampled.py  batches of these, drawn at random
 
-Only `decode.py`, `batch.py` and `encode.py` import torch. Nothing here imports models, trainer or launch.
+Only what makes tensors imports torch: `decode.py` and what follows it, the encoders. Nothing here imports
+models, trainer or launch.
 """

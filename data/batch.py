@@ -9,24 +9,22 @@ other threads run, so some batches are decoded side by side.
 """
 
 import os
-import queue
-import threading
-import time
-import warnings
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
-from typing import Self
+from itertools import islice
 
 import numpy as np
 import torch
 
-from .decode import Batch, Decoder, find_decoder, floats
-from .plan import Plan, rank_positions
+from .ahead import ReadAhead
+from .decode import Batch, Decoder, find_decoder, with_floats
+from .faults import GoodSamples, Quarantine
+from .mixture import Order
+from .order import Mixing, order_of, window_fits
+from .plan import rank_positions
 from .prefetch import Ahead, Prefetch
 from .reader import Reader
 from .samples import Samples
@@ -39,7 +37,8 @@ _LOOKED_UP = 2048  # positions at a time
 class Stream:
     """Which samples go where: the order of the stream, and this rank's share of each global batch.
 
-    `batch_size` is the global one.
+    `batch_size` is the global one. Where pictures have several sizes, `bucket_batch` samples in a row have
+    one, by default the batch size: with accumulation the samples of an optimizer step.
     """
 
     batch_size: int
@@ -47,6 +46,8 @@ class Stream:
     window: int = 0
     rank: int = 0
     world: int = 1
+    mixing: Mixing = Mixing()
+    bucket_batch: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world:
@@ -56,18 +57,24 @@ class Stream:
                 f"batch_size is {self.batch_size} over {self.world} ranks; "
                 f"expected a positive multiple of {self.world}"
             )
+        if self.bucket_batch is not None and self.bucket_batch % self.batch_size:
+            raise ValueError(
+                f"bucket_batch is {self.bucket_batch}; expected a multiple of batch_size {self.batch_size}"
+            )
 
 
-class Batches:
+class Batches(ReadAhead):
     """An endless iterator of this rank's part of each global batch.
 
     A batch holds `index` (stream positions, int64), what the decoder gives (`data`, or `mean` and `std`) in
-    the types that it is stored in, and `label` (int64) if the data set has `cls` members.
+    the types that it is stored in, and what labels the samples (labels.py), if anything does: `label`
+    (int64), or `text` with `text_mask`.
 
     `workers` threads decode batches side by side, ahead of the one that hands them over; with 0 that one
     decodes alone. Where it is left out the decoder knows what pays.
 
     `next` raises `ValueError` for a sample that cannot be read or decoded; it names the shard and the key.
+    With a `quarantine` a good one takes its place, and it is kept there, see faults.py.
     """
 
     def __init__(
@@ -79,48 +86,23 @@ class Batches:
         start: int = 0,
         prefetch: int = 4,
         workers: int | None = None,
+        quarantine: Quarantine | None = None,
     ) -> None:
-        if start < 0:
-            raise ValueError(f"start is {start}; a stream begins at position 0")
-        if prefetch < 1:
-            raise ValueError(f"prefetch is {prefetch}; at least one batch is read ahead")
+        super().__init__(stream.batch_size, start=start, prefetch=prefetch)
         self.stream = stream
-        self.plan = Plan(shards.counts, stream.seed, stream.window)
-        self.position = start
-        self.wait_s = 0.0
-        self._ahead = _Ahead(prefetch)
-        evict = shards.remote is None or _window_fits(shards, stream.window)
+        together = stream.bucket_batch or stream.batch_size
+        self.plan = order_of(
+            shards, stream.mixing, seed=stream.seed, window=stream.window, bucket_batch=together
+        )
+        evict = shards.remote is None or window_fits(shards, stream.window)
         decoder = decoder or find_decoder(shards)
-        self._samples = Samples(shards, decoder, evict=evict, stop=self._ahead.stopped)
+        self._samples = Samples(shards, decoder, evict=evict, stop=self.stopped)
         fetching = _prefetch(self._samples.reader, self.plan, stream, start) if shards.remote else None
-        if workers is None:
-            workers = min(getattr(decoder, "workers", 0), os.cpu_count() or 1)
-        reading = _Reading(self._samples, _shares(self.plan, stream, start), fetching)
-        thread = threading.Thread(
-            target=_read_ahead,
-            args=(self._ahead, reading, workers),
-            name="driftmap batches",
-            daemon=True,
-        )
-        # The thread holds no reference to this object, so dropping the object, or leaving the interpreter,
-        # ends the thread too.
-        self._finalizer = weakref.finalize(
-            self, _stop, self._ahead, [thread, *(fetching.threads if fetching else ())]
-        )
-        thread.start()
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Batch:
-        """Hand out the next batch, and move `position` behind it."""
-        began = time.perf_counter()
-        item = self._ahead.get()
-        self.wait_s += time.perf_counter() - began
-        if isinstance(item, BaseException):
-            raise item
-        self.position += self.stream.batch_size
-        return item
+        paying: int = getattr(decoder, "workers", 0)
+        workers = min(paying, os.cpu_count() or 1) if workers is None else workers
+        self._good = None if quarantine is None else GoodSamples(self._samples, self.plan, quarantine)
+        reading = _Reading(self._good or self._samples, _shares(self.plan, stream, start), fetching)
+        self.begin(partial(_made, reading, workers), fetching.threads if fetching else ())
 
     @property
     def reader_stats(self) -> dict[str, int]:
@@ -130,72 +112,34 @@ class Batches:
 
     def keys_of(self, index: torch.Tensor) -> list[str]:
         """Return the keys of the samples at these stream positions, for messages about them."""
-        samples = self.plan.at(index.detach().cpu().numpy())
+        positions = index.detach().cpu().numpy()
+        samples = self.plan.at(positions)
+        if self._good is not None:
+            samples = self._good.chosen(samples, positions)
         return [self._samples.reader.key(int(sample)) for sample in samples]
 
-    def close(self) -> None:
-        """Stop reading ahead; closing twice does nothing."""
-        self._finalizer()
 
-    def __enter__(self) -> Self:
-        return self
+def ordered(
+    shards: ShardSet, batch_size: int, *, decoder: Decoder | None = None, rank: int = 0, world: int = 1
+) -> Iterator[Batch]:
+    """Yield every sample once in the order of the data set, for evaluation.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def ordered(shards: ShardSet, batch_size: int, *, decoder: Decoder | None = None) -> Iterator[Batch]:
-    """Yield every sample once in the order of the data set, for evaluation; the last batch may be short.
-
+    A batch is of one size of pictures, and the last of each size may be short. Of several ranks each gets
+    whole batches in turn, so that a batch is the same for any number of them.
     `index` is the number of each sample in the data set; `data`, or `mean` and `std`, are float32.
     """
     source = Samples(shards, decoder or find_decoder(shards))
-    for start in range(0, shards.num_samples, batch_size):
-        numbers = np.arange(start, min(start + batch_size, shards.num_samples), dtype=np.int64)
-        batch = source.batch(numbers, index=numbers)
-        stored = (torch.uint8, torch.float16, torch.float32, torch.float64)
-        yield {name: floats(each) if each.dtype in stored else each for name, each in batch.items()}
+    cut = (
+        each[first : first + batch_size]
+        for each in shards.stretches
+        for first in range(0, len(each), batch_size)
+    )
+    for part in islice(cut, rank, None, world):
+        numbers = np.arange(part.start, part.stop, dtype=np.int64)
+        yield with_floats(source.batch(numbers, index=numbers))
 
 
-class _Ahead:
-    """The batches between the thread and its consumer."""
-
-    def __init__(self, size: int) -> None:
-        self._items: queue.Queue[Batch | BaseException] = queue.Queue(size)
-        self.stopped = threading.Event()
-        self._error: BaseException | None = None
-
-    def put(self, item: Batch | BaseException) -> bool:
-        """Wait for room; return whether the consumer still wants batches."""
-        while not self.stopped.is_set():
-            try:
-                self._items.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def get(self) -> Batch | BaseException:
-        """Wait for the next batch; an error is returned again and again."""
-        while self._error is None:
-            if self.stopped.is_set():
-                raise RuntimeError("these batches are closed; make new ones with start=position")
-            try:
-                item = self._items.get(timeout=0.1)
-            except queue.Empty:
-                continue
-            if not isinstance(item, BaseException):
-                return item
-            self._error = item
-        return self._error
-
-    def stop(self) -> None:
-        self.stopped.set()
-
-
-def _shares(plan: Plan, stream: Stream, start: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+def _shares(plan: Order, stream: Stream, start: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yield where each global batch begins, and the positions and samples of this rank's share of it."""
     share = stream.batch_size // stream.world
     many = max(1, _LOOKED_UP // share)  # at a time: one long look costs a tenth of many short ones
@@ -210,7 +154,7 @@ def _shares(plan: Plan, stream: Stream, start: int) -> Iterator[tuple[int, np.nd
 class _Reading:
     """What makes this rank's batches, one after another."""
 
-    samples: Samples
+    samples: Samples | GoodSamples
     shares: Iterator[tuple[int, np.ndarray, np.ndarray]]
     fetching: Prefetch | None
 
@@ -222,36 +166,16 @@ class _Reading:
         return partial(self.samples.batch, numbers, index=positions)
 
 
-def _read_ahead(ahead: _Ahead, reading: _Reading, workers: int) -> None:
-    try:
-        with ThreadPoolExecutor(max(workers, 1), "driftmap decoder") as pool:
-            waiting: deque[Future[Batch]] = deque()
-            wanted = True
-            while wanted:
-                while len(waiting) < workers:
-                    waiting.append(pool.submit(reading.next()))
-                wanted = ahead.put(waiting.popleft().result() if workers else reading.next()())
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the consumer has to see it
-        ahead.put(error)
+def _made(reading: _Reading, workers: int) -> Generator[Batch]:
+    with ThreadPoolExecutor(max(workers, 1), "driftmap decoder") as pool:
+        waiting: deque[Future[Batch]] = deque()
+        while True:
+            while len(waiting) < workers:
+                waiting.append(pool.submit(reading.next()))
+            yield waiting.popleft().result() if workers else reading.next()()
 
 
-def _window_fits(shards: ShardSet, window: int) -> bool:
-    """Return whether the shards that are read in turn fit into the cache together, and warn if not."""
-    assert shards.remote is not None
-    window = window or len(shards.shards)
-    needed = sum(sorted(shards.num_bytes)[-window:])
-    if needed <= shards.remote.cache.max_bytes:
-        return True
-    warnings.warn(
-        f"the {window} shards of {shards.folder} that are shuffled together have {needed} bytes, but their "
-        f"cache holds {shards.remote.cache.max_bytes}: samples of the others are read one by one, which is "
-        "slow; set data.window to fewer shards, or data.cache_bytes higher",
-        stacklevel=3,
-    )
-    return False
-
-
-def _prefetch(reader: Reader, plan: Plan, stream: Stream, start: int) -> Prefetch:
+def _prefetch(reader: Reader, plan: Order, stream: Stream, start: int) -> Prefetch:
     """Start to bring the shards of a stream into the cache in the order of the plan."""
     shards = reader.shards
     assert shards.remote is not None and reader.stop is not None
@@ -271,11 +195,3 @@ def _prefetch(reader: Reader, plan: Plan, stream: Stream, start: int) -> Prefetc
         horizon=shards.num_samples,
     )
     return Prefetch(ahead, reader.fetch, reader.stop)
-
-
-def _stop(ahead: _Ahead, threads: list[threading.Thread]) -> None:
-    ahead.stop()
-    for thread in threads:
-        # The garbage collector may run this in the very thread that is to end.
-        if thread is not threading.current_thread():
-            thread.join()

@@ -19,7 +19,7 @@ import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,10 +88,10 @@ class Cache:
         finally:
             lock.release()
 
-    def reserve(self, file: Path, num_bytes: int, *, spare: Path | None = None) -> Path | None:
+    def reserve(self, file: Path, num_bytes: int, *, spare: Collection[Path] = ()) -> Path | None:
         """Make room for a file and return the temporary path to write it to, or None if there is no room.
 
-        The caller holds the file's lock. Nothing under the folder `spare` is removed.
+        The caller holds the file's lock. Nothing under the folders `spare` is removed.
         """
         if num_bytes > self.max_bytes:
             return None
@@ -101,7 +101,7 @@ class Cache:
             for entry in sorted(entries, key=lambda entry: entry.rank):
                 if used + num_bytes <= self.max_bytes and not entry.made_for:
                     break
-                spared = spare is not None and entry.file.is_relative_to(spare) and not entry.made_for
+                spared = not entry.made_for and any(map(entry.file.is_relative_to, spare))
                 if not spared and _remove(entry, mine=file):
                     used -= entry.num_bytes
             if used + num_bytes > self.max_bytes:

@@ -31,6 +31,7 @@ class CachedShards:
     def __init__(self, remote: Remote, cache: Cache, *, fingerprint: str) -> None:
         self.remote, self.cache = remote, cache
         self.folder = cache.folder / fingerprint[:32]
+        self.spared: tuple[Path, ...] = (self.folder,)  # what is read in turn with these shards
         self.traffic = remote.traffic
 
     def stats(self) -> dict[str, int]:
@@ -77,7 +78,7 @@ class CachedShards:
         with self.cache.lock(file, stop):
             if self.cache.holds(file, index.tar_bytes):  # another thread or process was faster
                 return True
-            temporary = self.cache.reserve(file, index.tar_bytes, spare=None if evict else self.folder)
+            temporary = self.cache.reserve(file, index.tar_bytes, spare=() if evict else self.spared)
             if temporary is None:
                 return False
             try:
@@ -118,7 +119,7 @@ class CachedShards:
             finally:
                 os.close(descriptor)
                 descriptor = None
-            if _are_whole(members, spans):
+            if are_whole(members, spans):
                 return members
             file.unlink(missing_ok=True)  # spoiled since it was checked
         return self.read_ranges(shard, spans, stop=stop)
@@ -157,7 +158,7 @@ class CachedShards:
                     "without range reads needs a cache, data.cache_bytes, that holds a whole shard)"
                 )
             members = [data[offset - begin : offset - begin + size] for offset, size, _ in spans]
-            if not _are_whole(members, spans):
+            if not are_whole(members, spans):
                 raise ConnectionError(f"wrong checksum in the {end - begin} bytes from byte {begin} on")
             return members
 
@@ -172,7 +173,8 @@ def _are_close(spans: Sequence[Span]) -> bool:
     return end - begin <= 2 * sum(size for _, size, _ in spans) + _REQUEST_BYTES
 
 
-def _are_whole(members: Sequence[bytes], spans: Sequence[Span]) -> bool:
+def are_whole(members: Sequence[bytes], spans: Sequence[Span]) -> bool:
+    """Return whether all members have the checksums of their spans."""
     return all(zlib.crc32(data) == span[2] for data, span in zip(members, spans, strict=True))
 
 

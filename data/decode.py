@@ -141,9 +141,11 @@ def find_decoder(shards: ShardSet) -> Decoder:
         return Points()
     if pictures := [kind for kind in PICTURES if kind in shards.extensions]:
         return Pixels(shards.info.get("channels", 3), pictures)
+    more = f" and {len(shards.extensions) - 10} more" if len(shards.extensions) > 10 else ""
     raise ValueError(
-        f"{shards.folder} has the members {', '.join(shards.extensions)}; "
-        f"expected moments.npy (latents), points.npy or a picture ({', '.join(PICTURES)})"
+        f"{shards.folder} has the members {', '.join(shards.extensions[:10])}{more}; expected moments.npy "
+        f"(latents), points.npy or a picture ({', '.join(PICTURES)}). The key in a file's name ends at its "
+        "first dot, and the rest is the member"
     )
 
 
@@ -160,6 +162,12 @@ def decode_batch(samples: Sequence[Sample], decoder: Decoder) -> Batch:
 def floats(stored: Tensor) -> Tensor:
     """Return pixels (uint8) as float32 in [-1, 1], and numbers of any floating type as float32."""
     return stored.float().div_(127.5).sub_(1) if stored.dtype == torch.uint8 else stored.float()
+
+
+def with_floats(batch: Batch) -> Batch:
+    """Return a batch whose pixels and numbers are what `floats` makes of them."""
+    stored = (torch.uint8, torch.float16, torch.float32, torch.float64)
+    return {name: floats(each) if each.dtype in stored else each for name, each in batch.items()}
 
 
 def _named(sample: Sample, decode: Decoder) -> dict[str, np.ndarray]:

@@ -102,6 +102,7 @@ def emoji(folder: Path | str, *, policy: PicturePolicy) -> Source:
         licence=" AND ".join(sorted({package.kind.licence for package in packages})),
         origin=f"npm packages {names}; names and groups from emoji-datasource (MIT)",
         finish=partial(finish, policy),
+        buckets=policy.buckets,
     )
 
 

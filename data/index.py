@@ -22,7 +22,7 @@ from typing import BinaryIO
 import numpy as np
 from zlib_ng.zlib_ng import crc32  # zlib's own takes ten times as long
 
-from .members import is_finite, read_label
+from .members import NO_ARRAY, is_finite, read_label
 from .writer import write_atomically
 
 _FORMAT = 2
@@ -95,10 +95,7 @@ def build_index(tar: Path) -> Path:
 
     Raises `ValueError` for a damaged, cut or compressed tar, or one that holds the same member twice.
     """
-    tar = Path(tar)
-    with open(tar, "rb") as file:
-        samples = _scan(tar, file)
-        index = _tabulate(tar, file, samples)
+    index = scan(Path(tar))
     buffer = io.BytesIO()
     np.savez(
         buffer,
@@ -112,8 +109,15 @@ def build_index(tar: Path) -> Path:
         labels=index.labels,
         finite=index.finite,
     )
-    write_atomically(index_path(tar), buffer.getvalue())
-    return index_path(tar)
+    path = index_path(Path(tar))
+    write_atomically(path, buffer.getvalue())
+    return path
+
+
+def scan(tar: Path) -> Index:
+    """Return the index of a tar without writing it; raises as `build_index` does."""
+    with open(tar, "rb") as file:
+        return _tabulate(tar, file, _scan(tar, file))
 
 
 def load_index(tar: Path) -> Index:
@@ -143,21 +147,24 @@ def read_index(source: Path | BinaryIO, name: Path | str, *, remedy: str) -> Ind
     Raises `ValueError` if it is damaged or of another format; it calls it `name` and gives the remedy.
     """
     try:
-        with np.load(source, allow_pickle=False) as arrays:
-            if int(arrays["format"]) != _FORMAT:
-                raise ValueError(f"{name} has format {int(arrays['format'])}, expected {_FORMAT}; {remedy}")
-            return Index(
-                packed_keys=arrays["keys"].tobytes(),
-                extensions=tuple(str(extension) for extension in arrays["extensions"]),
-                offsets=arrays["offsets"],
-                sizes=arrays["sizes"],
-                crcs=arrays["crcs"],
-                tar_bytes=int(arrays["tar_bytes"]),
-                labels=arrays["labels"],
-                finite=arrays["finite"],
-            )
-    except (KeyError, EOFError, zipfile.BadZipFile, OSError) as error:
+        with np.load(source, allow_pickle=False) as archive:
+            arrays = dict(archive)
+        found = int(arrays["format"])
+    # zipfile raises RuntimeError, and NotImplementedError is one, for what a flipped bit says of an archive.
+    except (KeyError, RuntimeError, zipfile.BadZipFile, *NO_ARRAY) as error:
         raise ValueError(f"{name} is damaged ({error}); {remedy}") from error
+    if found != _FORMAT:
+        raise ValueError(f"{name} has format {found}, expected {_FORMAT}; {remedy}")
+    return Index(
+        packed_keys=arrays["keys"].tobytes(),
+        extensions=tuple(str(extension) for extension in arrays["extensions"]),
+        offsets=arrays["offsets"],
+        sizes=arrays["sizes"],
+        crcs=arrays["crcs"],
+        tar_bytes=int(arrays["tar_bytes"]),
+        labels=arrays["labels"],
+        finite=arrays["finite"],
+    )
 
 
 def is_sidecar(path: Path) -> bool:
@@ -180,6 +187,8 @@ def _scan(tar: Path, file: BinaryIO) -> Samples:
                 raise _cut(tar, samples, f"{member.name} needs {member.size} bytes")
             _add(tar, samples, member)
     except tarfile.TarError as error:
+        if not num_bytes:
+            raise ValueError(f"{tar} is empty; copy or write it again, or delete it") from error
         if archive is None:
             raise ValueError(f"{tar} is no plain tar ({error}); compressed tars must be unpacked") from error
         raise _cut(tar, samples, str(error)) from error

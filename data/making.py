@@ -20,11 +20,16 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from .buckets import Size, nearest
+from .pictures import size_of
 from .shards import ShardSet, index_shards
 from .writer import write_atomically, write_shard
 
@@ -41,7 +46,8 @@ class Source:
     """Samples that can be made again: `samples` starts a new pass over them.
 
     A pass yields `(key, members)`, or with `finish` `(key, draft)` where `finish(draft)` returns the
-    members and a remark, mostly empty. `finish` runs in other processes, so it can be pickled.
+    members and a remark, mostly empty. `finish` runs in other processes, so it can be pickled. `buckets` are
+    the sizes that its pictures get, where there are several; no shard holds two of them.
     """
 
     samples: Callable[[], Iterator[tuple[str, Any]]]
@@ -50,6 +56,7 @@ class Source:
     licence: str = ""
     origin: str = ""
     finish: Callable[[Any], Finished] | None = None
+    buckets: tuple[Size, ...] = ()
 
     def __iter__(self) -> Iterator[tuple[str, Members]]:
         return _finished(self, 0, workers=1)
@@ -84,20 +91,66 @@ def make_shards(
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; expected a folder to write the data set into")
     if out.exists() and any(out.iterdir()):
-        return _existing(source, out)
+        return _existing(_by_size(source), out)
+    source = _by_size(source)
+    sizes = _sizes_of_shards(source, samples_per_shard)
     growing = out.with_name(f".{out.name}.partial")
     shard = _claim(source, growing, samples_per_shard)
-    done = min(shard * samples_per_shard, source.num_samples)
+    done = sum(sizes[:shard])
     if progress is not None and done:
         progress(done)
     with closing(_finished(source, done, workers=workers or _workers_for(source))) as finished:
         samples = _counted(finished, done, progress)
-        while write_shard(growing / f"shard-{shard:06d}.tar", islice(samples, samples_per_shard)):
-            shard += 1
+        for number, size in enumerate(chain(sizes[shard:], repeat(samples_per_shard)), start=shard):
+            if not write_shard(growing / f"shard-{number:06d}.tar", islice(samples, size)):
+                break
     index_shards(growing, info=source.info, licence=source.licence, source=source.origin)
     os.replace(growing, out)
     (out / _NOTE).unlink()
     return ShardSet.open(out)
+
+
+def _by_size(source: Source) -> Source:
+    """Return a source with its pictures sorted by the size that they get, and how many get which in `info`.
+
+    The sizes of all pictures are read first; then there is a pass over the source for each size. A source of
+    pictures of one size stays as it is.
+    """
+    if not source.buckets:
+        return source
+    drafts = (draft for _, draft in source.samples())
+    # What a size of pictures is read from may be wrong about the picture, so it is decided here alone.
+    places = np.fromiter((nearest(size_of(draft), source.buckets) for draft in drafts), np.int32)
+    counts = np.bincount(places, minlength=len(source.buckets)).tolist()
+    runs = [[*size, count] for size, count in zip(source.buckets, counts, strict=True) if count]
+    return replace(
+        source,
+        samples=partial(_sorted, source, places),
+        info={**source.info, "buckets": runs},
+        buckets=(),
+    )
+
+
+def _sorted(source: Source, places: np.ndarray) -> Iterator[tuple[str, Any]]:
+    for place in np.unique(places).tolist():
+        for own, (key, draft) in zip(places, source.samples(), strict=True):
+            if own == place:
+                yield key, replace(draft, size=source.buckets[place])
+
+
+def _sizes_of_shards(source: Source, samples_per_shard: int) -> list[int]:
+    """Return how many samples each shard gets; none has samples of two buckets."""
+    buckets = [run[2] for run in source.info.get("buckets", ())] or [source.num_samples]
+    if sum(buckets) != source.num_samples:
+        raise ValueError(
+            f"the source has {source.num_samples} samples, but its buckets have {sum(buckets)}; a part of it "
+            "can be held out only where its pictures are made, with --buckets"
+        )
+    return [
+        min(samples_per_shard, count - done)
+        for count in buckets
+        for done in range(0, count, samples_per_shard)
+    ]
 
 
 def _workers_for(source: Source) -> int:

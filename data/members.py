@@ -9,6 +9,7 @@ import json
 import math
 import re
 import struct
+import tokenize
 from collections.abc import Iterable
 from functools import lru_cache
 from itertools import chain
@@ -21,6 +22,8 @@ Bytes = bytes | memoryview
 _MODES = {1: "L", 3: "RGB"}
 # Pillow's decoders raise any of these for damaged bytes.
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+# So do numpy's, for a damaged header.
+NO_ARRAY = (EOFError, OSError, ValueError, SyntaxError, tokenize.TokenError)
 _NPY_VERSION_1 = b"\x93NUMPY\x01\x00"
 
 
@@ -73,7 +76,7 @@ def read_npy(data: Bytes) -> np.ndarray:
             return np.frombuffer(data, dtype, offset=start).reshape(shape)
     try:
         return np.load(io.BytesIO(data), allow_pickle=False)
-    except (EOFError, OSError, ValueError) as error:
+    except NO_ARRAY as error:
         raise ValueError(f"the {len(data)} bytes are no array of numbers ({error})") from error
 
 
@@ -145,6 +148,6 @@ def _npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...], bool]:
     try:
         np.lib.format.read_magic(file)
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    except (EOFError, ValueError) as error:
+    except NO_ARRAY as error:
         raise ValueError(f"the header of the array is damaged ({error})") from error
     return dtype, shape, not fortran and not dtype.hasobject

@@ -1,7 +1,7 @@
-"""Pictures of any kind become pictures of one kind: upright, 8 bits, without transparency, one size.
+"""Pictures of any kind become pictures of one kind: upright, 8 bits, without transparency, one size or a few.
 
 The order is that in which a viewer would do it: decode, turn upright (EXIF), 8 bits a channel, lay over
-the background, fit into the square by Lanczos. Whatever cannot be decoded is an error that says what was
+the background, fit into the size by Lanczos. Whatever cannot be decoded is an error that says what was
 found; nothing is repaired in silence.
 """
 
@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
-from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
+
+from .buckets import Size, nearest
 
 Fit = Literal["crop", "pad", "stretch"]
 
 _MODES = {1: "L", 3: "RGB"}
 # Pillow's decoders raise any of these for damaged bytes.
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+_LYING = (5, 6, 7, 8)  # orientations whose height is the width of what is stored
 _HIGHEST = {"u1": 255, "u2": 65535}
 
 
@@ -28,15 +31,17 @@ _HIGHEST = {"u1": 255, "u2": 65535}
 class PicturePolicy:
     """What pictures become: `size` x `size`, 1 channel (grey) or 3 (colour).
 
-    `fit` says what happens to a picture that is not square: `crop` keeps its centre square, `pad` keeps it
-    whole and fills up with `background`, `stretch` changes its proportions. `background` also shows
-    through where a picture is transparent; it is a name or `#rrggbb`.
+    Where `buckets` are given, a picture gets the one of these sizes whose proportions are nearest to its own.
+    `fit` says what happens to a picture of other proportions: `crop` keeps its centre, `pad` keeps it whole
+    and fills up with `background`, `stretch` changes its proportions. `background` also shows through where a
+    picture is transparent; it is a name or `#rrggbb`.
     """
 
     size: int
     channels: int = 3
     fit: Fit = "crop"
     background: str = "white"
+    buckets: tuple[Size, ...] = ()
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -62,23 +67,25 @@ class PicturePolicy:
     @property
     def info(self) -> dict[str, Any]:
         """What the card of a data set says of its pictures."""
-        return {
-            "size": self.size,
-            "channels": self.channels,
-            "fit": self.fit,
-            "background": self.background,
-        }
+        size = {} if self.buckets else {"size": self.size}
+        return {**size, "channels": self.channels, "fit": self.fit, "background": self.background}
+
+    def size_of(self, size: Size) -> Size:
+        """Return the size that a picture of a size gets."""
+        return self.buckets[nearest(size, self.buckets)] if self.buckets else (self.size, self.size)
 
 
-def prepare(data: bytes, policy: PicturePolicy) -> tuple[Image.Image, str]:
+def prepare(data: bytes, policy: PicturePolicy, size: Size | None = None) -> tuple[Image.Image, str]:
     """Decode a picture and bring it into the form of the policy; the text is a remark, mostly empty.
+
+    A `size` that was chosen for it replaces the policy's.
 
     Raises `ValueError` if the bytes are no picture, are cut off, or have pixels of an unknown range.
     """
     image, remark = _opened(data)
     image = _upright(image)
     image = _laid_over(_eight_bits(image), policy.colour).convert(_MODES[policy.channels])
-    return _fitted(image, policy), remark
+    return _fitted(image, policy, size or policy.size_of((image.height, image.width))), remark
 
 
 def png(image: Image.Image) -> bytes:
@@ -93,13 +100,15 @@ class Draft:
     """A sample whose picture is still to be made.
 
     `place` is what an error or a remark calls it: a file, a row of a table, a key. `about` becomes the
-    `json` member, and its "class" the `cls` member too. `members` go along as they are.
+    `json` member, and its "class" the `cls` member too. `members` go along as they are. `size` is the one of
+    several that was chosen for the picture.
     """
 
     picture: Path | bytes
     place: str
     about: dict[str, Any] = field(default_factory=dict)
     members: dict[str, bytes] = field(default_factory=dict)
+    size: Size | None = None
 
 
 def finish(policy: PicturePolicy, draft: Draft) -> tuple[dict[str, bytes], str]:
@@ -109,7 +118,7 @@ def finish(policy: PicturePolicy, draft: Draft) -> tuple[dict[str, bytes], str]:
     """
     try:
         data = draft.picture.read_bytes() if isinstance(draft.picture, Path) else draft.picture
-        image, remark = prepare(data, policy)
+        image, remark = prepare(data, policy, draft.size)
     except OSError as error:
         found = f"{draft.picture} cannot be read ({error.strerror})"
         raise ValueError(f"{draft.place}: {found}; expected a picture file there") from error
@@ -121,6 +130,33 @@ def finish(policy: PicturePolicy, draft: Draft) -> tuple[dict[str, bytes], str]:
     if draft.about:
         members["json"] = json.dumps(draft.about).encode()
     return {**members, **draft.members}, f"{draft.place}: {remark}" if remark else ""
+
+
+def size_of(draft: Draft) -> Size:
+    """Return the size of a draft's picture as a viewer shows it, from its first bytes where these tell it.
+
+    Raises `ValueError` that begins with the draft's place.
+    """
+    try:
+        with Image.open(
+            draft.picture if isinstance(draft.picture, Path) else BytesIO(draft.picture)
+        ) as image:
+            width, height = image.size
+            turned = _orientation(image) in _LYING
+    except _UNREADABLE as error:
+        raise ValueError(
+            f"{draft.place}: its size cannot be read ({error}); remove it or replace it"
+        ) from error
+    if 0 in (height, width):
+        raise ValueError(f"{draft.place}: it is {width} x {height} pixels; remove it or replace it")
+    return (width, height) if turned else (height, width)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except _UNREADABLE:
+        return 1
 
 
 def _opened(data: bytes) -> tuple[Image.Image, str]:
@@ -173,8 +209,8 @@ def _laid_over(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     return Image.alpha_composite(ground, image.convert("RGBA"))
 
 
-def _fitted(image: Image.Image, policy: PicturePolicy) -> Image.Image:
-    size, lanczos = (policy.size, policy.size), Image.Resampling.LANCZOS
+def _fitted(image: Image.Image, policy: PicturePolicy, target: Size) -> Image.Image:
+    size, lanczos = (target[1], target[0]), Image.Resampling.LANCZOS
     if policy.fit == "crop":
         return ImageOps.fit(image, size, lanczos)
     if policy.fit == "pad":

@@ -14,36 +14,41 @@ Source: Black and Rogaway, "Ciphers with arbitrary finite domains" (CT-RSA 2002)
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
 _ROUNDS = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """The order of a data set whose shards hold `counts` samples."""
+    """The order of a data set whose shards hold `counts` samples.
 
-    counts: tuple[int, ...]
+    Plans of one seed with other names shuffle other samples, but have the same order of as many shards.
+    """
+
+    counts: Sequence[int] | np.ndarray
     seed: int
     window: int = 0
+    name: str = ""
 
     def __post_init__(self) -> None:
-        if sum(self.counts) < 1 or min(self.counts) < 0:
-            raise ValueError(f"the shards hold {sum(self.counts)} samples; a plan needs at least one")
+        if self.num_samples < 1 or self._counts.min() < 0:
+            raise ValueError(f"the shards hold {self.num_samples} samples; a plan needs at least one")
         if self.window < 0:
             raise ValueError(f"window is {self.window}; expected a number of shards, or 0 for all of them")
 
     @cached_property
     def num_samples(self) -> int:
         """The number of samples of an epoch."""
-        return sum(self.counts)
+        return int(self._counts.sum())
 
     @cached_property
     def _counts(self) -> np.ndarray:
-        return np.array(self.counts, np.int64)
+        return self.counts if isinstance(self.counts, np.ndarray) else np.array(self.counts, np.int64)
 
     def samples(self, start: int, stop: int) -> np.ndarray:
         """Return the samples at the positions [start, stop) of the stream, across epochs."""
@@ -54,21 +59,33 @@ class Plan:
 
         A sample is its number in the data set: samples of the shards before it, plus its place in its shard.
         """
+        shards, places = self.located(positions)
+        return _starts(self._counts)[shards] + places
+
+    def alike(self, position: int, draws: np.ndarray) -> np.ndarray:
+        """Return samples of the next epoch's length of the stream, as draws of 64 bits choose them."""
+        return self.at(self.after(position, draws))
+
+    def after(self, position: int, draws: np.ndarray) -> np.ndarray:
+        """Return positions of the next epoch's length of the stream."""
+        return position + 1 + (draws % np.uint64(self.num_samples)).astype(np.int64)
+
+    def located(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shard of the sample at each position, and the sample's place in its shard."""
         positions = np.asarray(positions, np.int64)
         if positions.size and positions.min() < 0:
             raise ValueError(f"position {positions.min()} is before the start of the stream")
         epochs, places = np.divmod(positions, self.num_samples)
-        result = np.empty_like(positions)
+        shards = np.empty_like(positions)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            result[chosen] = self._in_epoch(int(epoch), places[chosen])
-        return result
+            shards[chosen], places[chosen] = self._in_epoch(int(epoch), places[chosen])
+        return shards, places
 
-    def _in_epoch(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        """Map places [0, num_samples) of one epoch to samples."""
+    def _in_epoch(self, epoch: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Map places [0, num_samples) of one epoch to shards and places in them."""
         num_shards = len(self.counts)
-        keys = _round_keys(self.seed, epoch, "shards")
-        order = permuted(np.arange(num_shards, dtype=np.int64), num_shards, keys)
+        order = _order_of_shards(num_shards, self.seed, epoch)
         starts = _starts(self._counts[order])  # of each shard, in this epoch's order
         window_starts = np.append(starts[: num_shards : self.window or num_shards], self.num_samples)
         windows = np.searchsorted(window_starts, places, side="right") - 1
@@ -76,10 +93,10 @@ class Plan:
         for window in np.unique(windows):
             chosen = windows == window
             first, last = window_starts[window], window_starts[window + 1]
-            keys = _round_keys(self.seed, epoch, f"window {window}")
+            keys = round_keys(f"plan {self.seed} {epoch} window {window}{self.name}")
             shuffled[chosen] = first + permuted(places[chosen] - first, int(last - first), keys)
         turns = np.searchsorted(starts, shuffled, side="right") - 1
-        return _starts(self._counts)[order[turns]] + shuffled - starts[turns]
+        return order[turns], shuffled - starts[turns]
 
 
 def rank_positions(start: int, batch_size: int, *, rank: int, world: int) -> np.ndarray:
@@ -87,14 +104,24 @@ def rank_positions(start: int, batch_size: int, *, rank: int, world: int) -> np.
     return np.arange(start + rank, start + batch_size, world, dtype=np.int64)
 
 
+@lru_cache(maxsize=64)
+def _order_of_shards(num_shards: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the shards in the order of an epoch; plans of one data set ask for the same one."""
+    keys = round_keys(f"plan {seed} {epoch} shards")
+    order = permuted(np.arange(num_shards, dtype=np.int64), num_shards, keys)
+    order.flags.writeable = False
+    return order
+
+
 def permuted(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """Apply the keyed permutation of [0, size) to each value."""
+    """Apply the keyed permutation of [0, size) to each of n values; `keys` are (rounds,), or (rounds, n)."""
     left_size = math.isqrt(size - 1) + 1 if size else 1
     right_size = -(-size // left_size)
+    keys = np.broadcast_to(keys.reshape(len(keys), -1), (len(keys), len(values)))
     result = _feistel(values, left_size, right_size, keys)
     outside = result >= size
     while outside.any():
-        result[outside] = _feistel(result[outside], left_size, right_size, keys)
+        result[outside] = _feistel(result[outside], left_size, right_size, keys[:, outside])
         outside = result >= size
     return result
 
@@ -110,7 +137,7 @@ def _feistel(values: np.ndarray, left_size: int, right_size: int, keys: np.ndarr
     return left * right_size + right
 
 
-def _hash(values: np.ndarray, key: np.uint64, size: int) -> np.ndarray:
+def _hash(values: np.ndarray, key: np.ndarray, size: int) -> np.ndarray:
     """Hash values to [0, size) with the finaliser of SplitMix64."""
     mixed = values.astype(np.uint64) + key
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -119,8 +146,9 @@ def _hash(values: np.ndarray, key: np.uint64, size: int) -> np.ndarray:
     return (mixed % np.uint64(size)).astype(np.int64)
 
 
-def _round_keys(seed: int, epoch: int, purpose: str) -> np.ndarray:
-    digest = hashlib.blake2b(f"driftmap plan {seed} {epoch} {purpose}".encode(), digest_size=8 * _ROUNDS)
+def round_keys(purpose: str) -> np.ndarray:
+    """Return the keys of one permutation; another purpose gives another one."""
+    digest = hashlib.blake2b(f"driftmap {purpose}".encode(), digest_size=8 * _ROUNDS)
     return np.frombuffer(digest.digest(), np.dtype("<u8")).astype(np.uint64)
 
 

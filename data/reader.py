@@ -8,6 +8,7 @@ is bounded, and what is open in any process of the node may not be removed from 
 """
 
 import bisect
+import contextlib
 import mmap
 import os
 import threading
@@ -20,8 +21,9 @@ import numpy as np
 from zlib_ng.zlib_ng import crc32
 
 from .cached import CachedShards
-from .index import NO_LABEL, Index
+from .index import NO_LABEL, Index, index_path, read_index
 from .members import Bytes
+from .routed import RoutedShards
 from .shards import ShardSet
 
 
@@ -153,6 +155,15 @@ class Reader:
         shard, row = self._locate(sample)
         return self.index(shard).key(row)
 
+    def key_or_row(self, sample: int) -> str:
+        """Return the key of a sample whose shard cannot be read; its row if its sidecar is not here."""
+        shard, row = self._locate(sample)
+        if shard not in self._indices and self.shards.remote is None:
+            path = index_path(Path(self.shards.folder) / self.shards.shards[shard])
+            with contextlib.suppress(ValueError):
+                self._indices[shard] = read_index(path, path, remedy="index the folder again")
+        return self._indices[shard].key(row) if shard in self._indices else f"sample {row}"
+
     def fetch(self, shard: int, needed: Collection[int]) -> None:
         """Bring a shard behind an address into its cache, rather in place of others than of those needed."""
         assert self.shards.remote is not None
@@ -168,7 +179,7 @@ class Reader:
             index = self._indices.setdefault(shard, self.shards.load_index(shard, stop=self.stop))
         return index
 
-    def _read_remote(self, remote: CachedShards, shard: int, row: int) -> Sample:
+    def _read_remote(self, remote: CachedShards | RoutedShards, shard: int, row: int) -> Sample:
         index = self.index(shard)
         wanted = [
             (extension, (int(index.offsets[row, column]), size, int(index.crcs[row, column])))

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote
 
 import fsspec
@@ -23,21 +23,37 @@ from .cache import StoppedError
 
 T = TypeVar("T")
 
+EXTRAS = {"http": "remote", "https": "remote", "s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "hf": "hf"}
 _MAX_DELAY_S = 30.0
 _STALLED_S = 60.0  # without a byte from an http server
-_LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE)
+LOCAL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE)
+
+
+class MissingError(ValueError):
+    """A file that is not behind its address."""
+
+
+def is_command(place: Path | str) -> bool:
+    """Return whether a place is a command that prints a tar."""
+    return isinstance(place, str) and place.startswith("pipe:")
 
 
 def is_address(place: Path | str) -> bool:
     """Return whether a place is an address and no local path."""
-    return isinstance(place, str) and "://" in place and not place.startswith("file://")
+    return isinstance(place, str) and "://" in place and not place.startswith(("file://", "pipe:"))
 
 
 def place_of(place: Path | str) -> Path | str:
     """Return an address without a slash at its end, or a local path.
 
-    Raises `ValueError` for an address of a kind that nothing opens, or one whose slashes a path has eaten.
+    Raises `ValueError` for a command, an address of a kind that nothing opens, or one whose slashes a path
+    has eaten.
     """
+    if is_command(place):
+        raise ValueError(
+            f"{place} is a command, whose tar can be read from its beginning only; set data.order to "
+            "resampled, or give a folder or an address"
+        )
     if isinstance(place, Path):
         if found := re.match(r"([a-z][a-z0-9+.-]+):/[^/]", str(place)):
             raise ValueError(
@@ -47,13 +63,18 @@ def place_of(place: Path | str) -> Path | str:
         return place
     if not is_address(place):
         return Path(place.removeprefix("file://"))
-    protocol = place.partition("://")[0].rpartition("::")[2]
+    protocol = _protocol(place)
     if protocol not in fsspec.available_protocols():
         raise ValueError(
             f"nothing opens addresses of the kind {protocol}://; expected one such as http://, s3://, gs://, "
             "hf://, or a local path"
         )
     return place.rstrip("/")
+
+
+def place_or_command(place: Path | str) -> Path | str:
+    """Return a command as it is, or what `place_of` makes of a place."""
+    return place if is_command(place) else place_of(place)
 
 
 @dataclass
@@ -137,7 +158,7 @@ class Remote:
                 return attempt()
             except Exception as error:
                 # What comes over the network fails in as many types as there are packages that read it.
-                if _is_final(error):
+                if is_final(error):
                     raise self._final(name, error) from error
                 if number == self.tries:
                     raise self._exhausted(name, error) from error
@@ -149,11 +170,11 @@ class Remote:
 
     def _final(self, name: str, error: Exception) -> Exception:
         if isinstance(error, FileNotFoundError):
-            return ValueError(
+            return MissingError(
                 f"{self.address} has no {name}; check the address, and that the folder was indexed "
                 "(`driftmap shards index`) before it was put there"
             )
-        if isinstance(error, StoppedError) or (isinstance(error, OSError) and error.errno in _LOCAL):
+        if isinstance(error, StoppedError) or (isinstance(error, OSError) and error.errno in LOCAL_ERRORS):
             return error
         return OSError(f"cannot read {self.address}/{name}: {_told(error)}; check that you may read it")
 
@@ -163,6 +184,15 @@ class Remote:
             "Check the server and, if the file itself is bad (wrong size or checksum), put it there again; "
             "then run the same command again: it goes on from its last checkpoint"
         )
+
+
+def open_stream(address: str) -> BinaryIO:
+    """Open a file that is read once, from its beginning to its end; nothing is asked for again."""
+    system, path = _file_system(address, Traffic())
+    # In blocks of no size an http file comes as a stream. Given some size, fsspec (2026.9) does not ask the
+    # server for it first, and calls no error of a server a missing file.
+    settings = {"block_size": 0, "size": 1} if address.startswith("http") else {}
+    return system.open(path, "rb", **settings)
 
 
 class _Limit(Callback):
@@ -181,6 +211,10 @@ class _Limit(Callback):
             raise StoppedError(f"nobody waits for {self._name} any more")
 
 
+def _protocol(address: str) -> str:
+    return address.partition("://")[0].rpartition("::")[2]
+
+
 def _file_system(address: str, traffic: Traffic) -> tuple[Any, str]:
     """Return what opens an address, and the path of the address in it."""
     options: dict[str, Any] = {}
@@ -189,10 +223,9 @@ def _file_system(address: str, traffic: Traffic) -> tuple[Any, str]:
             options = {"client_kwargs": _http_settings(traffic), "skip_instance_cache": True}
         system, root = fsspec.core.url_to_fs(address, **options)
     except ImportError as error:
-        raise ValueError(
-            f"{address}: {error}; http:// needs `pip install 'driftmap[remote]'`, s3:// the package s3fs, "
-            "gs:// gcsfs"
-        ) from error
+        protocol = _protocol(address)
+        package = f"'driftmap[{EXTRAS[protocol]}]'" if protocol in EXTRAS else "the package that it names"
+        raise ValueError(f"{address} cannot be opened: {error}; run `pip install {package}`") from error
     return system, root.rstrip("/")
 
 
@@ -222,9 +255,9 @@ def _http_settings(traffic: Traffic) -> dict[str, Any]:
     return {"timeout": limits, "trace_configs": [trace]}
 
 
-def _is_final(error: Exception) -> bool:
+def is_final(error: Exception) -> bool:
     """Return whether asking again is of no use."""
-    if isinstance(error, OSError) and error.errno in _LOCAL:
+    if isinstance(error, OSError) and error.errno in LOCAL_ERRORS:
         return True
     status = getattr(error, "status", None)
     if isinstance(status, int) and 400 <= status < 500:

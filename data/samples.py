@@ -6,8 +6,10 @@ import numpy as np
 import torch
 
 from .decode import Batch, BatchDecoder, Decoder, decode_batch
-from .reader import Reader
+from .labels import CAPTION, CLASS, json_label
+from .reader import Reader, Sample
 from .shards import ShardSet
+from .text import TEXT, TextDecoder
 
 
 class Samples:
@@ -22,8 +24,10 @@ class Samples:
         stop: threading.Event | None = None,
     ) -> None:
         self._decoder = decoder
-        self._has_label = "cls" in shards.extensions
-        self.reader = Reader(shards, extensions={*decoder.extensions, "cls"}, evict=evict, stop=stop)
+        self.reader = Reader(shards, extensions={*decoder.extensions, CLASS}, evict=evict, stop=stop)
+        member = {CLASS: CLASS, CAPTION: TEXT}.get(shards.label, "json")
+        self._label_reader = Reader(shards, extensions={member}, evict=evict, stop=stop)
+        self._text = TextDecoder.of(shards) if shards.label == CAPTION else None
 
     def batch(self, numbers: np.ndarray, *, index: np.ndarray) -> Batch:
         """Return the samples with these numbers; `index` goes into the batch.
@@ -33,9 +37,18 @@ class Samples:
         batch = self._at_once(numbers)
         if batch is None:
             batch = decode_batch([self.reader.read(number) for number in numbers.tolist()], self._decoder)
-        if self._has_label:
-            batch["label"] = torch.from_numpy(self.reader.labels(numbers))
-        return {"index": torch.from_numpy(index), **batch}
+        return {"index": torch.from_numpy(index), **batch, **self.labels(numbers)}
+
+    def labels(self, numbers: np.ndarray) -> Batch:
+        """Return what labels the samples: `label` (B,), `text` with `text_mask`, or nothing."""
+        shards = self.reader.shards
+        if shards.label == CLASS:
+            has_class = CLASS in shards.extensions
+            return {"label": torch.from_numpy(self.reader.labels(numbers))} if has_class else {}
+        samples = [self._label_reader.read(number) for number in numbers.tolist()]
+        if self._text is not None:
+            return self._text(samples)
+        return {"label": torch.tensor([_json_label(sample, shards) for sample in samples])}
 
     def _at_once(self, numbers: np.ndarray) -> Batch | None:
         """Decode samples that are alike, without an object for each; nothing where they are not."""
@@ -46,3 +59,10 @@ class Samples:
             return None
         (extension,) = decoder.extensions
         return decoder.stack(self.reader.members(numbers, extension), len(numbers))
+
+
+def _json_label(sample: Sample, shards: ShardSet) -> int:
+    try:
+        return json_label(sample.members.get("json", b""), shards.label, shards.label_names)
+    except ValueError as error:
+        raise ValueError(f"{sample.name}: {error}") from error

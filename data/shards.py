@@ -1,29 +1,29 @@
 """A folder of indexed tars as one data set.
 
-`dataset.json` is written after all tars and sidecars, so a folder that has it is complete. Its fingerprint
-is a function of the shards' names, sizes, counts and checksums: copying a data set keeps it, changing one
-byte changes it. A trainer keeps the fingerprint beside its position in the stream.
+`dataset.json` (card.py) is written after all tars and sidecars, so a folder that has it is complete. A
+trainer keeps its fingerprint beside its position in the stream.
 
 The folder may lie behind an address (`http://host/dir`, see remote.py). Only its `dataset.json` is read then,
 and what it says is believed; the tars are compared with it when they come.
 """
 
-import hashlib
-import json
-import re
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from .buckets import Size, buckets_of
 from .cache import Cache
 from .cached import CachedShards
-from .index import NO_LABEL, Index, build_index, index_path, is_sidecar, list_tars, load_index
+from .card import CARD, check_names, parse_card, read_card, whole_json, write_dataset_card
+from .index import Index, build_index, index_path, is_sidecar, list_tars, load_index
+from .labels import CAPTION, CLASS, field_of, known_fields, names_of
 from .remote import Remote, place_of
+from .routed import RoutedShards
 from .writer import ShardWriter, write_atomically, write_shard
 
 __all__ = [
@@ -35,9 +35,6 @@ __all__ = [
     "write_dataset_card",
     "write_shard",
 ]
-
-CARD = "dataset.json"
-_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,9 @@ class ShardSet:
     licence: str = ""
     source: str = ""
     num_bytes: tuple[int, ...] = ()  # of each tar
-    remote: CachedShards | None = field(default=None, compare=False)
+    remote: CachedShards | RoutedShards | None = field(default=None, compare=False)
+    label: str = CLASS  # what labels its samples, see labels.py
+    joined: tuple[int, ...] = ()  # how many shards each data set has, where several were joined
 
     @classmethod
     def open(
@@ -78,8 +77,8 @@ class ShardSet:
         folder = place_of(folder)
         if isinstance(folder, str):
             remote = Remote(folder, tries=tries, first_delay_s=first_delay_s)
-            card = _parsed_card(remote.read(CARD, _whole_json), f"{folder}/{CARD}", folder)
-            _check_names(card, folder)
+            card = parse_card(remote.read(CARD, whole_json), f"{folder}/{CARD}", folder)
+            check_names(card, folder)
             store = CachedShards(remote, Cache.of(cache, cache_bytes), fingerprint=card["fingerprint"])
             return cls._of(folder, card, store)
         tars = list_tars(folder)
@@ -87,7 +86,7 @@ class ShardSet:
         for tar in tars:
             if not index_path(tar).is_file():
                 raise ValueError(f"{tar} has no index; {command}")
-        card = _read_card(folder)
+        card = read_card(folder)
         if card is None:
             raise ValueError(f"{folder} has no {CARD}, so it is not complete; {command}")
         described = {shard["name"]: shard["bytes"] for shard in card["shards"]}
@@ -122,10 +121,49 @@ class ShardSet:
         """The number of samples of all shards."""
         return sum(self.counts)
 
+    def labelled_by(self, label: str) -> Self:
+        """Return the data set with another label for its samples: `cls`, `json:FIELD` or `text`.
+
+        Raises `ValueError` where it has no such label.
+        """
+        if label == CAPTION and "text.npy" not in self.extensions:
+            raise ValueError(
+                f"{self.folder} holds no encoded captions for the label {label!r}; make them with "
+                "`driftmap shards encode --text-encoder`"
+            )
+        if label not in (CLASS, CAPTION) and not names_of(self.info, label):
+            known = ", ".join(f"json:{name}" for name in known_fields(self.info)) or "none"
+            raise ValueError(
+                f"the card of {self.folder} has no list {field_of(label) + 's'!r} for the label {label!r}; "
+                f"besides cls and text there are {known}"
+            )
+        return replace(self, label=label)
+
+    @property
+    def label_numbers(self) -> Sequence[int]:
+        """The numbers that label samples; none of captions."""
+        return sorted(self.labels) if self.label == CLASS else range(len(self.label_names))
+
+    @property
+    def label_names(self) -> list[str]:
+        """The names of the labels, by number, as far as the card knows them."""
+        return names_of(self.info, self.label)
+
     @cached_property
     def starts(self) -> tuple[int, ...]:
         """The number of the first sample of each shard."""
         return tuple(int(start) for start in np.cumsum((0, *self.counts))[:-1])
+
+    @cached_property
+    def buckets(self) -> dict[Size | None, np.ndarray]:
+        """The shards of each size of pictures, or of size None where the card does not tell."""
+        return buckets_of(self.info.get("buckets", ()), self.counts, self.folder)
+
+    @property
+    def stretches(self) -> list[range]:
+        """The samples in stretches of one size of pictures, as far as the card tells them apart."""
+        ends = np.cumsum([run[2] for run in self.info.get("buckets", ())] or [self.num_samples]).tolist()
+        return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
     def load_index(self, shard: int, *, stop: threading.Event | None = None) -> Index:
         """Load the sidecar of the shard with this number; `stop` ends waiting for the network."""
@@ -158,7 +196,7 @@ def index_shards(
             build_index(tar)
         if progress is not None:
             progress(number)
-    card = _read_card(folder) or {"info": {}, "licence": "", "source": ""}
+    card = read_card(folder) or {"info": {}, "licence": "", "source": ""}
     write_dataset_card(
         folder,
         card["info"] if info is None else info,
@@ -168,77 +206,9 @@ def index_shards(
     return ShardSet.open(folder)
 
 
-def write_dataset_card(folder: Path, info: dict[str, Any], *, licence: str = "", source: str = "") -> Path:
-    """Describe a folder of indexed tars in its `dataset.json` and return the path of that file.
-
-    `info` is free: class names, or which encoder made the latents. It must be JSON.
-    """
-    digest = hashlib.sha256()
-    shards: list[dict[str, Any]] = []
-    extensions: set[str] = set()
-    labels: dict[int, int] = {}
-    for tar in list_tars(folder):
-        index = load_index(tar)
-        digest.update(f"{tar.name}\0{index.tar_bytes}\0{len(index)}\0".encode())
-        digest.update(index.crcs.astype("<u4").tobytes())
-        shards.append({"name": tar.name, "count": len(index), "bytes": index.tar_bytes})
-        extensions.update(index.extensions)
-        found, times = np.unique(index.labels[index.labels != NO_LABEL], return_counts=True)
-        for label, count in zip(found.tolist(), times.tolist(), strict=True):
-            labels[label] = labels.get(label, 0) + count
-    card = {
-        "format": _FORMAT,
-        "num_samples": sum(shard["count"] for shard in shards),
-        "extensions": sorted(extensions),
-        "labels": {str(label): count for label, count in sorted(labels.items())},
-        "fingerprint": digest.hexdigest(),
-        "licence": licence,
-        "source": source,
-        "info": info,
-        "shards": shards,
-    }
-    path = folder / CARD
-    write_atomically(path, json.dumps(card, indent=1).encode() + b"\n")
-    return path
-
-
 def _is_fresh(tar: Path) -> bool:
     try:
         load_index(tar)
     except ValueError:
         return False
     return True
-
-
-def _read_card(folder: Path) -> dict[str, Any] | None:
-    path = folder / CARD
-    if not path.is_file():
-        return None
-    return _parsed_card(path.read_bytes(), path, folder)
-
-
-def _parsed_card(data: bytes, path: Path | str, folder: Path | str) -> dict[str, Any]:
-    try:
-        card = json.loads(data)
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); delete it and index {folder} again") from error
-    if not isinstance(card, dict) or card.get("format") != _FORMAT:
-        raise ValueError(
-            f"{path} was not written by this version of Driftmap; move it away, "
-            f"then run `driftmap shards index {folder}`"
-        )
-    return card
-
-
-def _whole_json(data: bytes) -> bytes:
-    json.loads(data)
-    return data
-
-
-def _check_names(card: dict[str, Any], address: str) -> None:
-    """Raise `ValueError` where names that a server gives would lead out of the folder of the cache."""
-    names = [shard["name"] for shard in card["shards"]]
-    bad = [name for name in names if not re.fullmatch(r"[^./\\\0][^/\\\0]*\.tar", name)]
-    if bad or not re.fullmatch(r"[0-9a-f]{64}", card["fingerprint"]):
-        wrong = f"the shard name {bad[0]!r}" if bad else f"the fingerprint {card['fingerprint']!r}"
-        raise ValueError(f"{address}/{CARD} holds {wrong}; index the folder again")

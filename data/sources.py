@@ -21,6 +21,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from PIL import Image
 
+from .buckets import Size
 from .emoji import emoji
 from .making import Source, make_shards
 from .members import PICTURES
@@ -35,7 +36,7 @@ Split = Literal["train", "held_out"]
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _FOLDER_SUFFIXES = tuple(f".{extension}" for extension in (*PICTURES, "bmp", "gif", "tif", "tiff"))
-_PICTURES = ("size", "channels", "fit", "background")
+_PICTURES = ("size", "channels", "fit", "background", "buckets")
 _COLUMNS = ("picture", "label", "caption")
 
 
@@ -50,9 +51,12 @@ class Request:
     picture: str | None = None
     label: str | None = None
     caption: str | None = None
+    buckets: tuple[Size, ...] | None = None
 
     def policy(self, default_size: int = 256) -> PicturePolicy:
         """Return what pictures become."""
+        if self.size is not None and self.buckets is not None:
+            raise ValueError(f"--size {self.size} has no effect where --buckets gives the sizes; remove it")
         given = {name: value for name in _PICTURES if (value := getattr(self, name)) is not None}
         return PicturePolicy(**{"size": default_size, **given})
 
@@ -95,11 +99,11 @@ def find_source(name: str, request: Request | None = None) -> Source:
             f"({', '.join(SUFFIXES)}), hf:NAME, emoji:FOLDER, digits:train or digits:held_out"
         )
     if any(path.glob("*.tar")):
-        if request.size is None:
+        if request.size is None and request.buckets is None:
             request.refuse_all_but((), "without --size shards are packed anew as they are")
             return shards(path)
         return shards(path, policy=request.policy())
-    return folder(path, **request.policy().info)
+    return folder(path, **asdict(request.policy()))
 
 
 def digits(split: Split) -> Source:
@@ -143,9 +147,15 @@ def _digits(split: Split) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def folder(
-    path: Path | str, *, size: int, channels: int = 3, fit: Fit = "crop", background: str = "white"
+    path: Path | str,
+    *,
+    size: int,
+    channels: int = 3,
+    fit: Fit = "crop",
+    background: str = "white",
+    buckets: tuple[Size, ...] = (),
 ) -> Source:
-    """Return the pictures of a folder, one class for each of its sub-folders, as `size` x `size` PNG.
+    """Return the pictures of a folder, one class for each of its sub-folders, as PNG (see `PicturePolicy`).
 
     A caption stands beside a picture as `NAME.txt`, or in `NAME.json` under "caption". The order is a
     fixed shuffle, so every shard holds every class. A folder without sub-folders has no classes.
@@ -153,7 +163,7 @@ def folder(
     Raises `ValueError` if there are no pictures, or some in sub-folders and some outside.
     """
     path = Path(path)
-    policy = PicturePolicy(size, channels, fit, background)
+    policy = PicturePolicy(size, channels, fit, background, buckets)
     if not path.is_dir():
         raise ValueError(f"{path} is no folder; expected a folder of pictures")
     pictures = sorted(file for file in path.rglob("*") if _is_picture(file.relative_to(path)))
@@ -177,6 +187,7 @@ def folder(
         },
         origin=f"a folder of pictures called {name}",
         finish=partial(finish, policy),
+        buckets=policy.buckets,
     )
 
 
@@ -222,11 +233,19 @@ def shards(path: Path | str, *, policy: PicturePolicy | None = None) -> Source:
     return Source(
         samples=partial(_packed if policy is None else _unpacked, found),
         num_samples=found.num_samples,
-        info={**found.info, **(policy.info if policy else {}), "packed_from": found.fingerprint},
+        info={
+            **(_without_size(found.info) | policy.info if policy else found.info),
+            "packed_from": found.fingerprint,
+        },
         licence=found.licence,
         origin=found.source,
         finish=policy and partial(finish, policy),
+        buckets=policy.buckets if policy else (),
     )
+
+
+def _without_size(info: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in info.items() if name not in ("size", "buckets")}
 
 
 def _packed(found: ShardSet) -> Iterator[tuple[str, dict[str, bytes]]]:

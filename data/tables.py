@@ -120,6 +120,7 @@ def _source(found: Table, policy: PicturePolicy, columns: Columns, name: str, or
         info={"name": name, **policy.info, "classes": classes, "listing": found.listing},
         origin=origin,
         finish=partial(finish, policy),
+        buckets=policy.buckets,
     )
 
 

@@ -193,7 +193,7 @@ def _bare_loop(run: Run) -> Callable[[], None]:
     batch = Preparation.of(run.shards.info, seed=0, device=run.strategy.world.device)(next(run.batches))
 
     classes = batch.condition
-    assert classes is not None
+    assert isinstance(classes, Tensor)
 
     def loop() -> None:
         for _ in range(STEPS_A_ROUND):

@@ -1,7 +1,9 @@
 """The commands. Heavy imports stay inside them: `driftmap --help` answers without torch."""
 
 import json
+import os
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,13 +11,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .cli_bench import bench_app
+from .cli_likelihood import likelihood
 from .cli_shards import shards_app
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
 )
 config_app = typer.Typer(no_args_is_help=True, help="Tell about configs.")
-bench_app = typer.Typer(no_args_is_help=True, help="Measure what our code costs beside a reference.")
 app.add_typer(shards_app, name="shards")
 app.add_typer(config_app, name="config")
 app.add_typer(bench_app, name="bench")
@@ -123,38 +126,102 @@ def sample(
     out: Annotated[Path, typer.Option(help="the PNG to write")] = Path("samples.png"),
     nfe: Annotated[int, typer.Option(min=1, help="network evaluations a sample")] = 4,
     count: Annotated[int, typer.Option(min=1, help="how many pictures")] = 40,
-    label: Annotated[int | None, typer.Option(help="one class; by default all in turn")] = None,
+    label: Annotated[
+        str | None, typer.Option(help="one class, by number or name; by default all in turn")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="a caption, can be repeated; by default those of the data")
+    ] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option(help="where the encoder of prompts is, if it has moved")
+    ] = None,
     guidance: Annotated[
         float, typer.Option(help="classifier-free guidance; costs two evaluations a step")
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="sample i of a seed is always the same")] = 0,
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            help="jump, euler, heun, ddim, ddpm, dpm_solver or edm, with settings as in edm:churn=40, or "
+            "diffusers:NAME; by default what the run was trained for"
+        ),
+    ] = None,
+    rescale: Annotated[
+        float, typer.Option(min=0, max=1, help="keep the spread of what is guided, by this share")
+    ] = 0.0,
+    weak: Annotated[
+        Path | None, typer.Option(help="autoguidance: a worse run that guidance goes away from")
+    ] = None,
 ) -> None:
-    """Sample a run into a grid: jumps of a flow map, Euler steps of a velocity network."""
-    from .evaluation import sample_run
+    """Sample a run into a grid: jumps of a flow map, DDIM's steps of a denoiser, Euler's of a velocity."""
+    from .sampling import SamplingRequest, sample_run
 
-    sample_run(run, out, nfe=nfe, count=count, label=label, guidance=guidance, seed=seed)
+    prompts = tuple(prompt or ())
+    request = SamplingRequest(run, nfe, count, label, prompts, text_encoder, guidance, seed)
+    sample_run(replace(request, sampler=sampler, rescale=rescale, weak=weak), out)
     console.print(out)
 
 
 @app.command()
 def evaluate(
     run: RunFolder,
-    features: Annotated[Path, typer.Option(help="the run of a classifier, whose features are compared")],
+    features: Annotated[
+        str,
+        typer.Option(
+            help="what to see with: the run of a classifier, efficientnet-lite0, inception:FILE, "
+            "dinov2:PLACE or clip:PLACE"
+        ),
+    ],
     held_out: Annotated[Path, typer.Option(help="shards of held-out pictures")],
     teacher: Annotated[
         Path | None, typer.Option(help="the run to compare with; by default its teacher")
     ] = None,
     nfe: Annotated[str, typer.Option(help="numbers of evaluations")] = "1,2,4,8",
     many: Annotated[int, typer.Option(min=4, help="evaluations of the teacher's accurate solution")] = 32,
-    num_samples: Annotated[int, typer.Option(min=2, help="pictures to compare")] = 1000,
+    num_samples: Annotated[int, typer.Option(min=6, help="pictures to compare")] = 1000,
     seed: Annotated[int, typer.Option(help="of the noise")] = 0,
     out: Annotated[Path | None, typer.Option(help="by default RUN/evaluation.json")] = None,
+    training: Annotated[
+        Path | None, typer.Option(help="shards of training pictures; by default those of the autoencoder")
+    ] = None,
+    probe: Annotated[
+        Path | None, typer.Option(help="the run of a classifier for class accuracy; by default --features")
+    ] = None,
+    captions: Annotated[
+        str | None, typer.Option(help="a CLIP for caption alignment: its folder, or its id in the cache")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="pictures at once; a grid shows one batch")] = 250,
+    references: Annotated[
+        Path | None, typer.Option(help="keeps what is measured of real pictures; in DRIFTMAP_CACHE")
+    ] = None,
 ) -> None:
-    """Measure quality against number of evaluations, with floor and blindness check."""
+    """Measure quality against number of evaluations, with floors and blindness check.
+
+    Under torchrun the processes share the samples; pictures and table stay the same.
+    """
     from .evaluation import EvaluationRequest, evaluate_run, parse_nfe, print_evaluation
 
-    request = EvaluationRequest(run, features, held_out, teacher, parse_nfe(nfe), many, num_samples, seed)
-    print_evaluation(evaluate_run(request, out or run / "evaluation.json"), console)
+    request = EvaluationRequest(
+        run=run,
+        features=features,
+        held_out=held_out,
+        teacher=teacher,
+        nfe=parse_nfe(nfe),
+        many=many,
+        num_samples=num_samples,
+        seed=seed,
+        training=training,
+        probe=probe,
+        captions=captions,
+        batch_size=batch_size,
+        references=references,
+    )
+    evaluation = evaluate_run(request, out or run / "evaluation.json")
+    console.quiet = os.environ.get("RANK", "0") != "0"
+    print_evaluation(evaluation, console)
+
+
+app.command()(likelihood)
 
 
 @app.command()
@@ -165,7 +232,7 @@ def report(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="by default report.html in the first run")] = None,
 ) -> None:
-    """Write run folders as one self-contained HTML page."""
+    """Write run folders as one self-contained HTML page, those with an evaluation.json side by side."""
     from ..trainer.report import write_report
 
     page = write_report(
@@ -212,40 +279,6 @@ def config_schema() -> None:
     from ..trainer.recipe import schema
 
     print(json.dumps(schema(), indent=1))
-
-
-@bench_app.command("overhead")
-def bench_overhead(
-    json_file: Annotated[Path | None, typer.Option("--json", help="also write the table here")] = None,
-    rounds: Annotated[int, typer.Option(min=3, help="alternated rounds of each")] = 9,
-) -> None:
-    """Time a trainer step against a bare PyTorch loop of the same model, batch and optimizer."""
-    from .bench import overhead, show
-
-    show(overhead(rounds=rounds), json_file, console)
-
-
-@bench_app.command("ema")
-def bench_ema(
-    json_file: Annotated[Path | None, typer.Option("--json", help="also write the table here")] = None,
-    rounds: Annotated[int, typer.Option(min=3, help="alternated rounds of each")] = 21,
-) -> None:
-    """Time an update of the running mean of the weights against diffusers' EMAModel."""
-    from .bench import ema, show
-
-    show(ema(rounds=rounds), json_file, console)
-
-
-@bench_app.command("loader")
-def bench_loader(
-    json_file: Annotated[Path | None, typer.Option("--json", help="also write the table here")] = None,
-    rounds: Annotated[int, typer.Option(min=3, help="alternated rounds of each")] = 9,
-) -> None:
-    """Time our loader beside webdataset, streaming and litdata on the same samples."""
-    from .bench import show
-    from .bench_loader import loader
-
-    show(loader(rounds=rounds), json_file, console)
 
 
 if __name__ == "__main__":

@@ -1,107 +1,123 @@
 """From run folders to tables and grids: finds the autoencoder, the teacher and the features of a run."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from rich.console import Console
 from rich.table import Table
 
+from ..data.labels import CAPTION, CLASS
 from ..data.shards import ShardSet, write_atomically
-from ..models.autoencoder import decode_latents
-from ..models.backbones.convnet import ConvNet
+from ..models.condition import Condition, Text, padded
 from ..models.flow_map import FlowMap
-from ..models.sampler import euler, jump, time_grid
-from ..trainer.build import guided, load_model, run_recipe, shards_of_run
+from ..trainer.build import load_flow_map, run_recipe, shards_of_run
+from ..trainer.checkpoint import fingerprint
 from ..trainer.config import ConfigError
-from ..trainer.encode import autoencoder_of
-from ..trainer.evaluate import Judge, evaluate, pictures_of, sample_noise
+from ..trainer.encode import autoencoder_of, text_encoder_of
+from ..trainer.evaluate import Subject, evaluate
+from ..trainer.features import CaptionJudge, classifier_of, features_named
+from ..trainer.guiding import guided
+from ..trainer.hooks import signals_received
+from ..trainer.judge import Judge
+from ..trainer.references import Dealer, Part, References, default_folder, pictures_behind
 from ..trainer.report import grid
+from ..trainer.strategy import process_group
+from ..trainer.world import World
 
 GRID_PICTURES, GRID_COLUMNS = 40, 10
-COLUMNS = {
-    "model": "model",
-    "nfe": "nfe",
+QUALITY = {
     "Fréchet": "frechet",
     "ratio": "ratio",
     "end point": "endpoint_error",
     "accuracy": "class_accuracy",
     "s/sample": "seconds_per_sample",
-}  # of the printed table; evaluation.json has more
+}
+OTHERS = {
+    "kernel": "kernel",
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+    "caption": "caption_alignment",
+    "shuffled": "caption_alignment_shuffled",
+}  # of the printed tables; evaluation.json has more
 
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What to evaluate: a flow-map run, the run of a classifier to see with, held-out pictures.
+    """What to evaluate: a flow-map run, features to see with (features.py), held-out pictures.
 
     `teacher` is the run to compare with; by default the one that taught, else the run's own diagonal.
+    `training` are pictures that it was trained on, by default those of the autoencoder or of the features'
+    classifier; `probe` is the run of a classifier that knows the classes, by default that of the features.
     """
 
     run: Path
-    features: Path
+    features: str
     held_out: Path
     teacher: Path | None = None
     nfe: tuple[int, ...] = (1, 2, 4, 8)
     many: int = 32
     num_samples: int = 1000
     seed: int = 0
+    training: Path | None = None
+    probe: Path | None = None
+    captions: str | None = None  # where a CLIP is, for caption alignment
+    batch_size: int = 250
+    references: Path | None = None  # folder of what is measured once
 
 
 def evaluate_run(request: EvaluationRequest, out: Path) -> dict[str, Any]:
-    """Evaluate a run, write `out` (JSON) and RUN/samples/*.png, and return the evaluation."""
+    """Evaluate a run, write `out` (JSON) and RUN/samples/*.png, and return the evaluation.
+
+    Started in several processes, they share the samples, and the first one writes. Raises KeyboardInterrupt
+    where a signal came in between; nothing is written then.
+    """
+    world = World(process_group())
     recipe = run_recipe(request.run)
-    student = _flow_map(request.run)
+    student = load_flow_map(request.run).to(world.device)
     taught = recipe.get("teacher") or {}
     teacher_run = request.teacher or (Path(taught["run"]) if taught else request.run)
     guidance = taught.get("guidance", 1.0)
-    teacher = guided(_flow_map(teacher_run), guidance)
-    latents = shards_of_run(request.run)
-    judge = _judge(request, latents)
-    noise = sample_noise(len(judge.held_out), student.sample_shape, seed=request.seed)
-    evaluation, pictures = evaluate(
-        judge, teacher, student, noise=noise, nfe=list(request.nfe), many=request.many
+    interval = tuple(taught.get("guidance_interval", (0.0, 1.0)))
+    rescale = taught.get("guidance_rescale", 0.0)
+    teacher = guided(
+        load_flow_map(teacher_run).to(world.device), guidance, interval=interval, rescale=rescale
     )
-    evaluation |= {
-        "seed": request.seed,
-        "guidance": guidance,
-        "reference": ShardSet.open(request.held_out).fingerprint,
-    }
-    pictures |= {"held-out": judge.held_out, "reconstructions": judge.reconstructions()}
-    for name, batch in pictures.items():
-        write_grid(request.run / "samples" / f"{name}.png", batch[:GRID_PICTURES])
-    write_atomically(out, json.dumps(evaluation, indent=1).encode())
+    latents = shards_of_run(request.run)
+    autoencoder = autoencoder_of(latents) if "latents" in latents.info else None
+    # A caption tells the class, too.
+    label = CLASS if latents.label == CAPTION else latents.label
+    held_out = _part(ShardSet.open(request.held_out).labelled_by(label), request)
+    training = _part(_training(request, latents).labelled_by(label), request)
+    subject = Subject(
+        teacher=teacher,
+        student=student,
+        condition=_conditions(student, latents, held_out, world.device),
+        nfe=list(request.nfe),
+        many=request.many,
+        num_samples=request.num_samples,
+        seed=request.seed,
+    )
+    with signals_received() as received:
+        dealer = Dealer(world, request.batch_size, received)
+        references = _references(request, held_out, autoencoder, dealer)
+        evaluation, pictures = evaluate(subject, references, held_out=held_out, training=training)
+    evaluation |= {"guidance": guidance, "guidance_interval": interval, "guidance_rescale": rescale}
+    world.first(lambda: _write(request.run, out, evaluation, pictures))
     return evaluation
 
 
-def sample_run(
-    run: Path, out: Path, *, nfe: int, count: int, label: int | None, guidance: float, seed: int
-) -> None:
-    """Sample a run into a grid: jumps where a flow map was trained, else Euler steps of the velocity."""
-    recipe = run_recipe(run)
-    model = _flow_map(run)
-    noise = sample_noise(count, model.sample_shape, seed=seed)
-    num_classes = model.null_condition
-    if label is not None and not 0 <= label < (num_classes or 0):
-        raise ConfigError(f"--label {label}: {run} has {num_classes or 0} classes, counted from 0")
-    labels = None
-    if num_classes:
-        labels = torch.arange(count) % num_classes if label is None else torch.full((count,), label)
-    if recipe["objective"]["name"] == "flow_matching" or guidance != 1:
-        velocity = guided(model, guidance)
-        cost = getattr(velocity, "evaluations", 1)
-        if nfe % cost:
-            raise ConfigError(
-                f"--nfe {nfe}: guidance takes {cost} evaluations a step; give a multiple of {cost}"
-            )
-        samples = euler(velocity, noise, grid=time_grid(nfe // cost), condition=labels)
-    else:
-        samples = jump(model, noise, grid=time_grid(nfe), condition=labels)
-    shards = shards_of_run(run)
-    if "latents" in shards.info:
-        samples = decode_latents(autoencoder_of(shards), samples)
-    write_grid(out, samples.clamp(-1, 1))
+def _write(run: Path, out: Path, evaluation: dict[str, Any], pictures: dict[str, torch.Tensor]) -> None:
+    for name, batch in pictures.items():
+        write_grid(run / "samples" / f"{name}.png", batch[:GRID_PICTURES])
+    write_atomically(out, json.dumps(evaluation, indent=1).encode())
 
 
 def parse_nfe(text: str) -> tuple[int, ...]:
@@ -122,44 +138,112 @@ def write_grid(file: Path, pictures: torch.Tensor) -> None:
 
 
 def print_evaluation(evaluation: dict[str, Any], console: Console) -> None:
-    """Print the table, its floor, and whether the metric sees."""
-    table = Table(title=f"Fréchet distance on {evaluation['features']}, {evaluation['num_samples']} samples")
-    for heading in COLUMNS:
-        table.add_column(heading, justify="left" if heading == "model" else "right")
-    for row in evaluation["rows"]:
-        cells = (row[name] for name in COLUMNS.values())
-        table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells))
-    console.print(table)
+    """Print the tables, their floors, and which metrics are blind."""
+    title = f"Fréchet distance on {evaluation['features']}, {evaluation['num_samples']} samples"
+    _print_table(evaluation, QUALITY, title, console)
     floor = evaluation["floor"]
-    console.print(
-        f"floor: training split against held-out {floor['self']:.3f}, "
-        f"held-out against their reconstructions {floor['reconstruction']:.3f}"
-    )
-    if not evaluation["sees"]:
+    told = f"floor: training split against held-out {floor['self']['frechet']:.3f}"
+    if "reconstruction" in floor:
+        told += f", held-out against their reconstructions {floor['reconstruction']['frechet']:.3f}"
+    console.print(told)
+    about = [f"features {evaluation['features_hash']}", f"reference {evaluation['reference'][:16]}"]
+    about += [f"autoencoder {evaluation['autoencoder']}"] if evaluation["autoencoder"] else []
+    about += [f"{evaluation['num_references']} reference pictures", f"guidance {evaluation['guidance']}"]
+    console.print(", ".join([*about, f"seed {evaluation['seed']}"]))
+    title = f"Other metrics, {evaluation['num_compared']} samples, {evaluation['neighbours']} neighbours"
+    _print_table(evaluation, OTHERS, title, console, floors=True)
+    names = {key: heading for heading, key in {**QUALITY, **OTHERS}.items()}
+    if evaluation["blind"]:
+        blind = ", ".join(names[name] for name in evaluation["blind"])
         console.print(
-            "BLIND: this metric does not tell the teacher's one step from its many; ratios mean nothing"
+            f"BLIND: {blind}; they do not tell the teacher's one step from its many, and say nothing"
         )
 
 
-def _judge(request: EvaluationRequest, latents: ShardSet) -> Judge:
-    probe = load_model(request.features)
-    if not isinstance(probe, ConvNet):
+def _print_table(
+    evaluation: dict[str, Any], columns: dict[str, str], title: str, console: Console, *, floors: bool = False
+) -> None:
+    """Print the columns that the evaluation has, and mark the blind ones."""
+    columns = {heading: name for heading, name in columns.items() if name in evaluation["rows"][0]}
+    table = Table(title=title)
+    table.add_column("model", no_wrap=True)
+    table.add_column("nfe", justify="right")
+    for heading, name in columns.items():
+        table.add_column(f"{heading} (blind)" if name in evaluation["blind"] else heading, justify="right")
+    rows = [(row["model"], str(row["nfe"]), row) for row in evaluation["rows"]]
+    floor = [(name, "floor", values) for name, values in evaluation["floor"].items()] if floors else []
+    for model, nfe, row in rows + floor:
+        cells = ("–" if row.get(name) is None else f"{row[name]:.3g}" for name in columns.values())
+        table.add_row(model, nfe, *cells)
+    console.print(table)
+
+
+def _part(shards: ShardSet, request: EvaluationRequest) -> Part:
+    return Part(shards, min(request.num_samples, shards.num_samples))
+
+
+def _training(request: EvaluationRequest, latents: ShardSet) -> ShardSet:
+    """Return pictures that the model was trained on: its own, or those that its latents are of."""
+    if request.training is not None:
+        return ShardSet.open(request.training)
+    if "latents" not in latents.info:
+        return latents
+    runs = [Path(latents.info["latents"]["autoencoder"]), Path(request.features)]
+    if (pictures := pictures_behind(latents, runs)) is not None:
+        return pictures
+    raise ConfigError(
+        f"{latents.folder} does not say where its pictures are; give them by --training, for the floor"
+    )
+
+
+def _references(
+    request: EvaluationRequest, held_out: Part, autoencoder: AutoencoderKL | None, dealer: Dealer
+) -> References:
+    """Return what judges, and what it is to judge."""
+    device = dealer.world.device
+    features = features_named(request.features, device=device)
+    probe = _probe(request, held_out.shards.label)
+    judge = Judge(
+        features,
+        classifier_of(probe).to(device) if probe and held_out.shards.label_numbers else None,
+        CaptionJudge.of(request.captions, device=device) if request.captions else None,
+    )
+    folder = request.references or default_folder()
+    made_by = None if autoencoder is None else fingerprint(autoencoder)
+    autoencoder = None if autoencoder is None else autoencoder.to(device)  # pyright: ignore
+    return References(judge, dealer, folder, autoencoder, made_by)
+
+
+def _probe(request: EvaluationRequest, label: str) -> Path | None:
+    """Return the classifier that tells what samples of a label have to show, if there is one."""
+    run = request.probe or (Path(request.features) if Path(request.features).is_dir() else None)
+    if run is None or label == (known := run_recipe(run)["data"].get("label", CLASS)):
+        return run
+    if request.probe:
         raise ConfigError(
-            f"{request.features} is no run of a classifier; train one with objective: {{name: classifier}}"
+            f"--probe {run}: it tells {known!r}, but samples of {request.run} are to show {label!r}; train a "
+            f"classifier with data.label={label}"
         )
-    held_out = ShardSet.open(request.held_out)
-    training = shards_of_run(request.features)
-    count = min(request.num_samples, held_out.num_samples, training.num_samples)
-    pictures, labels = pictures_of(held_out, count)
-    trained_on = training.info.get("name", training.folder)
-    name = f"{probe.num_features} convolutional features of a classifier trained on {trained_on}"
-    return Judge(autoencoder_of(latents), probe, pictures, labels, pictures_of(training, count)[0], name)
+    return None
 
 
-def _flow_map(run: Path) -> FlowMap:
-    model = load_model(run)
-    if not isinstance(model, FlowMap):
-        raise ConfigError(
-            f"{run} holds no flow map or velocity network; give a run of a generative objective"
-        )
-    return model
+def _conditions(
+    model: FlowMap, latents: ShardSet, held_out: Part, device: torch.device
+) -> Callable[[np.ndarray], Condition | None]:
+    """Return what gives samples the captions or classes of the held-out pictures, which go round."""
+    if model.text_width:
+        encoder = text_encoder_of(latents)
+        encoder.model.to(device)
+
+        def captions(numbers: np.ndarray) -> Condition:
+            # To half precision, as the captions of the data are stored.
+            encoded = padded([tokens.half().float() for tokens in encoder(held_out.captions(numbers))])
+            return Text(encoded.tokens.to(device), encoded.mask.to(device))
+
+        return captions
+
+    def labels(numbers: np.ndarray) -> Condition | None:
+        found = None if model.null_condition is None else held_out.labels(numbers)
+        return None if found is None else found.to(device)
+
+    return labels

@@ -22,8 +22,10 @@ from diffusers import AutoencoderKL, FlowMapEulerDiscreteScheduler, ModelMixin
 from safetensors.torch import load_file, save_file
 
 from ..models import layers, pipeline
+from ..models.condition import Text
+from ..models.denoiser import Denoiser
 from ..models.flow_map import FlowMap
-from ..models.sampler import jump, time_grid
+from ..models.samplers import jump, time_grid
 from ..trainer.build import load_model, shards_of_run
 from ..trainer.config import ConfigError
 from ..trainer.encode import autoencoder_of
@@ -41,10 +43,11 @@ folder, inputs, outputs = sys.argv[1:]
 given = load_file(inputs)
 pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
 pipe.set_progress_bar_config(disable=True)
-labels = given["labels"].tolist() if "labels" in given else None
-steps = int(given["steps"])
-noise = given["noise"]
-common = dict(class_labels=labels, latents=noise, num_images=len(noise), num_inference_steps=steps)
+steps = int(given.pop("steps"))
+noise = given.pop("noise")
+common = dict(latents=noise, num_images=len(noise), num_inference_steps=steps, **given)
+if "class_labels" in given:
+    common["class_labels"] = given["class_labels"].tolist()
 images = pipe(**common, output_type="pt").images
 save_file({"latents": pipe(**common, output_type="latent").images, "images": images.contiguous()}, outputs)
 """
@@ -53,6 +56,11 @@ save_file({"latents": pipe(**common, output_type="latent").images, "images": ima
 def export(run: Path, out: Path, *, autoencoder: Path | None = None) -> Path:
     """Write the EMA weights of a run as a pipeline folder, whole or not at all; return the folder."""
     model = load_model(run)
+    if isinstance(model, Denoiser):
+        raise ConfigError(
+            f"the network of {run} predicts {model.prediction}, and the pipeline jumps by a mean velocity; "
+            "distil it into a flow map with a network of its own, and export that"
+        )
     if not isinstance(model, FlowMap) or not isinstance(model.backbone, ModelMixin):
         raise ConfigError(f"{run} holds no model that diffusers can load; export takes flow maps of a DiT")
     if out.exists() and not (out / "model_index.json").is_file():
@@ -62,7 +70,7 @@ def export(run: Path, out: Path, *, autoencoder: Path | None = None) -> Path:
     aside = out.with_name(f".{out.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    _write(aside, model.backbone, vae, shards.info.get("classes"))
+    _write(aside, model.backbone, vae, shards.label_names)
     old = out.with_name(f".{out.name}.old")
     if out.exists():
         os.rename(out, old)
@@ -71,7 +79,7 @@ def export(run: Path, out: Path, *, autoencoder: Path | None = None) -> Path:
     return out
 
 
-def _write(folder: Path, backbone: ModelMixin, vae: AutoencoderKL | None, classes: list[str] | None) -> None:
+def _write(folder: Path, backbone: ModelMixin, vae: AutoencoderKL | None, classes: list[str]) -> None:
     module = f"driftmap_{Path(inspect.getfile(type(backbone))).stem}"
     backbone.save_pretrained(folder / "transformer")
     # Of driftmap's modules a network imports `layers` only, which stands beside it here.
@@ -108,11 +116,14 @@ def check_export(folder: Path, run: Path, *, num_samples: int = 8, steps: int = 
     """
     model = load_model(run)
     assert isinstance(model, FlowMap) and isinstance(model.backbone, ModelMixin)
-    config = model.backbone.config
-    noise = sample_noise(num_samples, (config.in_channels, config.sample_size, config.sample_size), seed=seed)
-    labels = torch.arange(num_samples) % config.num_classes if config.num_classes else None
-    ours = jump(model, noise, grid=time_grid(steps), condition=labels)
-    given = {"noise": noise, "steps": torch.tensor(steps)} | ({} if labels is None else {"labels": labels})
+    noise = sample_noise(num_samples, model.sample_shape, seed=seed)
+    condition = model.any_condition(num_samples)
+    ours = jump(model, noise, grid=time_grid(steps), condition=condition)
+    given = {"noise": noise, "steps": torch.tensor(steps)}
+    if isinstance(condition, Text):
+        given |= {"prompt_embeds": condition.tokens, "prompt_mask": condition.mask}
+    elif condition is not None:
+        given |= {"class_labels": condition}
     with tempfile.TemporaryDirectory() as scratch:
         inputs, outputs = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
         save_file(given, inputs)

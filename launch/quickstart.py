@@ -13,7 +13,7 @@ from ..data.shards import ShardSet
 from ..data.sources import Source, digits, make_shards
 from ..trainer.build import train
 from ..trainer.config import read_config
-from ..trainer.encode import encode_latents
+from ..trainer.encode import encode
 from ..trainer.progress import progress
 from ..trainer.recipe import Recipe, recipe_from
 from ..trainer.report import write_report
@@ -54,7 +54,13 @@ def quickstart(
     recipe, folder = f"quickstart-flow-map-{rule}", out / f"flow-map-{rule}"
     _stage(f"4. flow map, {rule} rule", recipe, folder, latents, teacher, start, *extra)
     console.rule("5. evaluation")
-    request = EvaluationRequest(folder, out / "classifier", out / "held-out", num_samples=num_samples)
+    request = EvaluationRequest(
+        folder,
+        features=str(out / "classifier"),
+        held_out=out / "held-out",
+        num_samples=num_samples,
+        references=out / "references",
+    )
     evaluation = evaluate_run(request, out / "evaluation.json")
     print_evaluation(evaluation, console)
     console.rule("6. report")
@@ -76,7 +82,7 @@ def _shards(source: Source, out: Path) -> ShardSet:
 def _encoded(pictures: ShardSet, out: Path) -> ShardSet:
     """Encode the pictures by the autoencoder just trained, with progress."""
     with progress("latents", pictures.num_samples, unit="pictures") as update:
-        return encode_latents(pictures, out / "latents", autoencoder=out / "autoencoder", progress=update)
+        return encode(pictures, out / "latents", autoencoder=out / "autoencoder", progress=update)
 
 
 def _stage(title: str, config: str, folder: Path, shards: ShardSet, *overrides: str) -> None:

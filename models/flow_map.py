@@ -11,27 +11,30 @@ Source: Boffi, Albergo and Vanden-Eijnden, "Flow map matching", 2024, eq. 7; Gen
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from .path import expand
+from .condition import Condition, Nothing, Text, no_text
+from .path import Linear, Path, expand
 
 
 class Velocity(Protocol):
     """Anything with a marginal velocity dx/dt at (x, t): a flow map, a guided teacher, an exact oracle."""
 
-    def velocity(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         """Return dx/dt (B, ...) at the state x (B, ...) and the times t (B,)."""
         ...
 
 
 class FlowMap(nn.Module):
-    """The flow map of a backbone `(x, s, t, condition) -> tensor like x`."""
+    """The flow map of a backbone `(x, s, t, condition) -> tensor like x`, along the path that it learned."""
 
     backbone: Any
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, path: Path | None = None) -> None:
         super().__init__()
         self.backbone = backbone
+        self.path = path or Linear()
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -39,18 +42,37 @@ class FlowMap(nn.Module):
         return self.backbone.sample_shape
 
     @property
-    def null_condition(self) -> int | None:
-        """The class label that means "no class", or None for an unconditional backbone."""
-        return self.backbone.null_label
+    def text_width(self) -> int:
+        """The width of the captions' embeddings that it takes, or 0 where it takes no captions."""
+        return getattr(self.backbone, "text_width", 0)
 
-    def mean_velocity(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Return v(x, s, t) (B, ...), for times s and t (B,) in [0, 1]."""
+    @property
+    def null_condition(self) -> Nothing | None:
+        """The class label, or the caption, that says nothing; None for an unconditional backbone."""
+        return no_text() if self.text_width else self.backbone.null_label
+
+    def any_condition(self, count: int) -> Condition | None:
+        """Return some conditions (count, ...) of the kind that it takes, for measuring and comparing."""
+        null = self.null_condition
+        if not isinstance(null, Text):
+            return None if null is None else torch.arange(count) % null
+        shape = (count, self.backbone.max_tokens, self.text_width)
+        lengths = torch.arange(count) % (shape[1] + 1)
+        tokens = torch.arange(shape[0] * shape[1] * shape[2]).reshape(shape).sin()
+        return Text(tokens, torch.arange(shape[1]) < lengths[:, None])
+
+    def predict(self, x: Tensor, s: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+        """Return what the network says of x_s = x for a jump to t: here the mean velocity."""
         return self.backbone(x, s, t, condition)
 
-    def velocity(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+    def mean_velocity(self, x: Tensor, s: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+        """Return v(x, s, t) (B, ...), for times s and t (B,) in [0, 1]."""
+        return self.predict(x, s, t, condition)
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         """Return the diagonal v(x, t, t) = dx/dt."""
         return self.mean_velocity(x, t, t, condition)
 
-    def jump(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+    def jump(self, x: Tensor, s: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         """Return X_{s,t}(x) = x + (t - s) v(x, s, t)."""
         return x + expand(t - s, x) * self.mean_velocity(x, s, t, condition)

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
+import torch
 import torch.autograd.forward_ad as fwad
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class Stage(nn.Module):
     other stages.
     """
 
-    num_inputs: ClassVar[int]
+    num_inputs: int
     # What a strategy wants around the call of an innermost stage with directions.
     around_derivative: Callable[[nn.Module], AbstractContextManager[Any]]
 
@@ -78,22 +79,28 @@ def _dual(value: Any, direction: Tensor | None) -> Any:
     return value if direction is None else fwad.make_dual(value, direction)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, *, how: Attention) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, *, how: Attention, mask: Tensor | None = None
+) -> Tensor:
     """Return the attention of queries over keys and values, all (B, heads, L, width).
 
     `sdpa` lets torch choose; a dual tensor takes the plain form (`math`), as torch's fused ones have no
-    forward-mode rule. `xformers` and `jvp_flash` are optional extras for GPUs.
+    forward-mode rule. `xformers` and `jvp_flash` are optional extras for GPUs. A `mask` (B, L) is False at
+    keys that are not there, which each row has some of; those few keys are left to torch's forms.
     """
-    if how == "xformers":
+    if how == "xformers" and mask is None:
         return _xformers(query, key, value)
-    if how == "jvp_flash":
+    if how == "jvp_flash" and mask is None:
         return _jvp_flash(query, key, value)
+    seen = None if mask is None else mask[:, None, None]
     if how == "math" or _parts(query)[1] is not None:
         # Written out: torch's own softmax overwrites what the gradient of its derivative needs (2.13).
         scores = query @ key.mT * query.shape[-1] ** -0.5
+        if seen is not None:
+            scores = scores.masked_fill(~seen, -torch.inf)
         weights = (scores - scores.detach().amax(-1, keepdim=True)).exp()
         return weights / weights.sum(-1, keepdim=True) @ value
-    return F.scaled_dot_product_attention(query, key, value)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
 
 
 def _xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -107,3 +114,52 @@ def _jvp_flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     from jvp_flash_attention.jvp_attention import JVPAttn  # pyright: ignore[reportMissingImports]
 
     return JVPAttn.fwd_dual(query, key, value)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention over tokens (B, L, width); `qk_norm` normalises queries and keys a head."""
+
+    def __init__(self, width: int, num_heads: int, *, qk_norm: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.how: Attention = "sdpa"
+        self.qkv = nn.Linear(width, 3 * width)
+        self.projection = nn.Linear(width, width)
+        head = width // num_heads
+        self.query_norm = nn.RMSNorm(head, eps=1e-6) if qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(head, eps=1e-6) if qk_norm else nn.Identity()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the attended tokens (B, L, width)."""
+        query, key, value = _heads(self.qkv(tokens), 3, self.num_heads)
+        mixed = attend(self.query_norm(query), self.key_norm(key), value, how=self.how)
+        return self.projection(mixed.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention of tokens (B, L, width) over others (B, M, width), those that their mask (B, M) shows."""
+
+    def __init__(self, width: int, num_heads: int, *, qk_norm: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.how: Attention = "sdpa"
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.projection = nn.Linear(width, width)
+        head = width // num_heads
+        self.query_norm = nn.RMSNorm(head, eps=1e-6) if qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(head, eps=1e-6) if qk_norm else nn.Identity()
+
+    def forward(self, tokens: Tensor, others: Tensor, mask: Tensor) -> Tensor:
+        """Return what the tokens take from the others (B, L, width)."""
+        (query,) = _heads(self.query(tokens), 1, self.num_heads)
+        key, value = _heads(self.key_value(others), 2, self.num_heads)
+        mixed = attend(self.query_norm(query), self.key_norm(key), value, how=self.how, mask=mask)
+        return self.projection(mixed.transpose(1, 2).flatten(2))
+
+
+def _heads(features: Tensor, number: int, num_heads: int) -> tuple[Tensor, ...]:
+    """Return the `number` parts (B, heads, L, width / heads) of features (B, L, number * width)."""
+    batch, length, width = features.shape
+    parts = features.reshape(batch, length, number, num_heads, width // number // num_heads)
+    return parts.permute(2, 0, 3, 1, 4).unbind(0)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from driftmap.models.flow_map import FlowMap
+from driftmap.models.path import Path, Prediction, expand
 from driftmap.trainer.objective import Batch
 from driftmap.trainer.seeds import Random
 
@@ -116,6 +117,45 @@ class Recording(GaussianBackbone):
         """Return the mean velocity (B, 5)."""
         self.calls.append((x, s, t, condition))
         return super().forward(x, s, t, condition)
+
+
+class Posterior(nn.Module):
+    """The exact posterior means of data N(mean, std^2) given x_t, as a one-time network of any prediction."""
+
+    sample_shape = (5,)
+    null_label = None
+
+    def __init__(
+        self,
+        path: Path,
+        prediction: Prediction,
+        *,
+        data_std: float = 1.0,
+        mean: float = 0.7,
+        std: float = 0.4,
+    ) -> None:
+        super().__init__()
+        self.path, self.prediction, self.data_std, self.mean, self.std = path, prediction, data_std, mean, std
+
+    def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return the prediction at x_s = x; for v, x comes at unit variance."""
+        alpha, sigma = expand(self.path.alpha(s), x), expand(self.path.sigma(s), x)
+        r = ((alpha * self.data_std) ** 2 + sigma**2).sqrt()
+        x = x * r if self.prediction == "v" else x
+        centred = (x - alpha * self.mean) / (alpha**2 * self.std**2 + sigma**2)
+        data, noise = self.mean + alpha * self.std**2 * centred, sigma * centred
+        velocity = expand(self.path.alpha_dot(s), x) * data + expand(self.path.sigma_dot(s), x) * noise
+        v = (alpha * self.data_std * noise - sigma * data / self.data_std) / r
+        return {"data": data, "noise": noise, "velocity": velocity, "v": v}[self.prediction]
+
+
+def carried(x: Tensor, path: Path, s: Tensor, t: Tensor, *, mean: float = 0.7, std: float = 0.4) -> Tensor:
+    """Return the exact flow of N(mean, std^2) along a path, from x at s to t, both ()."""
+
+    def spread(time: Tensor) -> Tensor:
+        return ((path.alpha(time) * std) ** 2 + path.sigma(time) ** 2).sqrt()
+
+    return path.alpha(t) * mean + spread(t) / spread(s) * (x - path.alpha(s) * mean)
 
 
 def gaussian_batch(

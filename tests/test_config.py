@@ -71,24 +71,24 @@ MISTAKES = {
     "(there are: accumulation, attention, channels_last, compile, keep, log_every, non_finite, precision, "
     "recompute_every, save_every, save_in_background, spike_factor, steps)",
     "teacher={run: r, guidence: 2}": "teacher.guidence: no such key; did you mean 'guidance'? "
-    "(there are: guidance, guidance_interval, precision, run, shard, weights)",
+    "(there are: guidance, guidance_interval, guidance_rescale, precision, run, shard, weights)",
     "model.widht=3": "model.widht: no such key; did you mean 'width'? "
-    "(there are: channels, depth, num_classes, width)",
+    "(there are: channels, depth, num_classes, out_channels, width)",
     "objective.conditon_dropout=.1": "objective.conditon_dropout: no such key; "
-    "did you mean 'condition_dropout'? (there are: condition_dropout, path, times)",
+    "did you mean 'condition_dropout'? (there are: condition_dropout, coupling, path, times)",
     "objective.times={name: logit_normal, mena: 1}": "objective.times.mena: no such key; "
-    "did you mean 'mean'? (there are: mean, name, std)",
+    "did you mean 'mean'? (there are: mean, name, shift, std)",
     "objective={name: semigroup, pairs: {times: {name: uniform, x: 1}}}": "objective.pairs.times.x: "
-    "no such key (there are: name)",
+    "no such key (there are: name, shift)",
     # wrong names
     "objective.name=flow_maching": "objective.name: no such name 'flow_maching'; did you mean "
-    "'flow_matching'? (there are: autoencoder, classifier, flow_matching, lagrangian, semigroup)",
+    "'flow_matching'? (there are: autoencoder, classifier, ddpm, flow_matching, lagrangian, semigroup)",
     "model.name=mpl": "model.name: no such name 'mpl'; did you mean 'mlp'? "
     "(there are: autoencoder_kl, convnet, dit, mlp)",
     "objective.times={name: logit_norm}": "objective.times.name: no such name 'logit_norm'; "
     "did you mean 'logit_normal'? (there are: logit_normal, uniform)",
     "objective.path={name: linea}": "objective.path.name: no such name 'linea'; "
-    "did you mean 'linear'? (there are: linear, trig)",
+    "did you mean 'linear'? (there are: cosine, linear, linear_betas, scaled_linear_betas, trig)",
     # wrong values
     "optimizer.lr=fast": "optimizer.lr: input should be a valid number, unable to parse string as a number; "
     "found 'fast'",
@@ -272,6 +272,6 @@ def test_the_schema_lists_each_objective_with_its_settings() -> None:
     listed = {
         node["properties"]["name"]["const"]: node for node in schema()["properties"]["objective"]["oneOf"]
     }
-    assert set(listed) == {"autoencoder", "classifier", "flow_matching", "lagrangian", "semigroup"}
+    assert set(listed) == {"autoencoder", "classifier", "ddpm", "flow_matching", "lagrangian", "semigroup"}
     assert set(listed["lagrangian"]["properties"]) == {"name", "path", "pairs", "gradient", "derivative"}
     assert listed["lagrangian"]["properties"]["gradient"]["enum"] == ["residual", "semigradient"]

@@ -1,4 +1,4 @@
-"""Sources become data sets, data sets become latents, and a killed run of either goes on without mixing."""
+"""Encoding keeps keys, order and shards, and goes on where it was killed without mixing encoders."""
 
 import io
 import json
@@ -14,12 +14,13 @@ from PIL import Image
 
 from driftmap.data.batch import ordered
 from driftmap.data.check import check_shards
+from driftmap.data.decode import Pixels, floats
 from driftmap.data.encode import encode_shards
-from driftmap.data.members import read_pixels
+from driftmap.data.encoders import CaptionEncoder, Encoding, PictureEncoder
 from driftmap.data.reader import Reader
 from driftmap.data.shards import ShardSet, ShardWriter, index_shards
-from driftmap.data.sources import digits, folder, make_shards
-from driftmap.data.synthetic import SETS, write_points
+from driftmap.data.text import CaptionPlace
+from driftmap.trainer.encode import latent_statistics
 
 
 def all_samples(shards):
@@ -27,183 +28,24 @@ def all_samples(shards):
     return [reader.read(number) for number in range(shards.num_samples)]
 
 
-# Digits
-
-
-@pytest.fixture(scope="module")
-def held_out(tmp_path_factory):
-    return make_shards(digits("held_out"), tmp_path_factory.mktemp("digits") / "out", samples_per_shard=300)
-
-
-def test_digits_are_split_evenly_and_without_overlap(held_out):
-    assert held_out.counts == (300, 300, 300, 100)
-    assert held_out.labels == {label: 100 for label in range(10)}
-    train = [(key, int(members["cls"])) for key, members in digits("train")]
-    assert len(train) == digits("train").num_samples == 4000
-    assert np.bincount([label for _, label in train]).tolist() == [400] * 10
-    keys = {sample.key for sample in all_samples(held_out)}
-    assert len(keys) == 1000
-    assert keys.isdisjoint(key for key, _ in train)
-    # The classes take turns, so every shard holds all of them.
-    assert [label for _, label in train[:20]] == [*range(10), *range(10)]
-
-
-def test_a_digit_is_a_padded_picture_with_a_caption(held_out):
-    sample = Reader(held_out).read(7)
-    assert sample.members["cls"] == b"7"
-    assert json.loads(sample.members["json"]) == {"caption": "a handwritten seven", "class": 7}
-    pixels = read_pixels(sample.members["png"], 1)
-    assert pixels.shape == (1, 32, 32)
-    assert pixels.max() > 240
-    border = pixels.copy()
-    border[:, 2:-2, 2:-2] = 0
-    assert not border.any()
-    assert check_shards(held_out.folder) == []
-
-
-# A folder of pictures
-
-
-def save(path, size=(8, 8), colour=(255, 0, 0), **settings):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path, **settings)
-
-
-def test_a_folder_has_its_sub_folders_for_classes(tmp_path):
-    pictures = tmp_path / "pets"
-    save(pictures / "dog" / "a.b.png")
-    save(pictures / "cat" / "young" / "c.JPG", colour=(0, 0, 255))
-    (pictures / "dog" / "a.b.txt").write_text("a good dog\n")
-    (pictures / "cat" / "young" / "c.json").write_text('{"caption": "a small cat"}')
-    (pictures / "dog" / "._a.png").write_bytes(b"what some systems leave behind")
-    source = folder(pictures, size=4)
-    assert source.info["classes"] == ["cat", "dog"]
-    shards = make_shards(source, tmp_path / "out")
-    samples = {sample.key: sample.members for sample in all_samples(shards)}
-    assert samples.keys() == {"dog/a_b", "cat/young/c"}
-    assert json.loads(samples["dog/a_b"]["json"]) == {"caption": "a good dog", "class": 1}
-    assert json.loads(samples["cat/young/c"]["json"]) == {"caption": "a small cat", "class": 0}
-    assert samples["dog/a_b"]["cls"] == b"1"
-    assert read_pixels(samples["dog/a_b"]["png"], 3).shape == (3, 4, 4)
-    assert shards.info == source.info
-
-
-def test_a_flat_folder_has_no_classes(tmp_path):
-    save(tmp_path / "in" / "a.png")
-    shards = make_shards(folder(tmp_path / "in", size=4, channels=1), tmp_path / "out")
-    (sample,) = all_samples(shards)
-    assert sample.members.keys() == {"png"}
-    assert Image.open(io.BytesIO(sample.members["png"])).mode == "L"
-
-
-def test_a_picture_is_turned_upright_and_its_centre_is_kept(tmp_path):
-    (tmp_path / "in").mkdir()
-    # Stored lying on its side: left, middle and right thirds become bottom, middle and top, or the reverse.
-    picture = Image.new("RGB", (12, 4))
-    for third, colour in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255)]):
-        picture.paste(colour, (4 * third, 0, 4 * third + 4, 4))
-    picture.putpixel((4, 0), (255, 255, 255))  # the stored top left corner of the middle
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by a quarter, clockwise, to see it upright
-    picture.save(tmp_path / "in" / "a.png", exif=exif)
-    (_, members), *_ = folder(tmp_path / "in", size=4)
-    upright = Image.open(io.BytesIO(members["png"]))
-    assert upright.getpixel((3, 0)) == (255, 255, 255)
-    assert upright.getpixel((0, 3)) == (0, 255, 0)
-
-
-def test_mistakes_in_a_folder_are_named(tmp_path):
-    with pytest.raises(ValueError, match="missing is no folder"):
-        folder(tmp_path / "missing", size=4)
-    with pytest.raises(ValueError, match="holds no picture; expected files ending in"):
-        folder(tmp_path, size=4)
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "fake.png").write_bytes(b"hello")
-    with pytest.raises(
-        ValueError, match=r"x/fake\.png: the 5 bytes are no picture of a known kind; remove it"
-    ):
-        make_shards(folder(tmp_path, size=4), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    save(tmp_path / "y.png")
-    with pytest.raises(ValueError, match=r"y\.png has no class but other pictures do"):
-        folder(tmp_path, size=4)
-
-
-def test_a_data_set_is_made_once(tmp_path):
-    save(tmp_path / "in" / "a.png")
-    out = tmp_path / "out"
-    first = make_shards(folder(tmp_path / "in", size=4), out)
-    before = (out / "shard-000000.tar").stat().st_mtime_ns
-    assert make_shards(folder(tmp_path / "in", size=4), out) == first
-    assert (out / "shard-000000.tar").stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match="Choose another folder, or delete this one"):
-        make_shards(folder(tmp_path / "in", size=8), out)
-    save(tmp_path / "in" / "a.png", size=(30, 30))
-    with pytest.raises(ValueError, match="Choose another folder, or delete this one"):
-        make_shards(folder(tmp_path / "in", size=4), out)
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "a.txt").touch()
-    with pytest.raises(ValueError, match="holds something else than a complete data set"):
-        make_shards(folder(tmp_path / "in", size=4), tmp_path / "notes")
-
-
-def test_what_a_killed_run_left_is_written_anew(tmp_path):
-    save(tmp_path / "in" / "a.png")
-    left = tmp_path / ".out.partial"
-    left.mkdir()
-    (left / "shard-000000.tar").write_bytes(b"of another run")
-    (left / "shard-000001.tar.tmp").write_bytes(b"of another run")
-    done = []
-    shards = make_shards(folder(tmp_path / "in", size=4), tmp_path / "out", progress=done.append)
-    assert (shards.num_samples, done) == (1, [1])
-    assert not left.exists()
-
-
-# Points
-
-
-@pytest.mark.parametrize("name", SETS)
-def test_point_sets_have_unit_scale_and_a_seed(name):
-    points = SETS[name](4000, 5)
-    assert (points.shape, points.dtype) == ((4000, 2), np.float32)
-    assert np.abs(points.mean(axis=0)).max() < 0.1
-    assert 0.4 < points.std() < 1.3
-    assert np.array_equal(points, SETS[name](4000, 5))
-    assert not np.array_equal(points, SETS[name](4000, 6))
-
-
-def test_each_point_set_has_its_shape():
-    x, y = SETS["checkerboard"](4000, 0).T
-    assert np.all((np.floor(x) + np.floor(y)) % 2 == 0)
-    radius = np.linalg.norm(SETS["rings"](4000, 0), axis=1)
-    assert np.abs(radius - 0.5 * np.round(2 * radius)).mean() < 0.05
-    x, y = SETS["spirals"](4000, 0).T
-    radius = np.hypot(x, y)
-    # Along an arm the angle is 3 pi / 2 times the radius, and the second arm is half a turn further.
-    turns = (np.arctan2(y, x) - 1.5 * np.pi * radius) / np.pi
-    assert np.abs(turns - np.round(turns))[radius > 0.5].mean() < 0.08
-    x, y = SETS["moons"](4000, 0).T
-    assert np.all((y < 1.3) & (y > -1.3) & (np.abs(x) < 2))
-    upper = np.hypot(x + 0.5, y + 0.25)
-    lower = np.hypot(x - 0.5, y - 0.25)
-    assert np.abs(np.where(np.abs(upper - 1) < np.abs(lower - 1), upper, lower) - 1).mean() < 0.1
-
-
-def test_points_are_written_as_a_data_set(tmp_path):
-    shards = write_points(tmp_path / "out", "moons", n=1500, seed=3)
-    assert shards.counts == (1000, 500)
-    written = torch.cat([batch["data"] for batch in ordered(shards, 400)])
-    assert torch.equal(written, torch.from_numpy(SETS["moons"](1500, 3)))
-    with pytest.raises(ValueError, match="'stars' is no point set; expected one of checkerboard, rings"):
-        write_points(tmp_path / "other", "stars", n=10, seed=0)
-
-
-# Latents
-
-
 def halved(pictures):
     mean = torch.nn.functional.avg_pool2d(pictures, 2)
     return mean, torch.full_like(mean, 0.125)
+
+
+def latents(moments=halved, version=1):
+    about = {"encoder": {"name": "halved", "version": version}}
+    return Encoding(PictureEncoder(moments, Pixels()), about, lambda: {"scaling": 0.5})
+
+
+def letters(captions):
+    return [torch.tensor([[ord(letter), 0.5] for letter in caption]).reshape(-1, 2) for caption in captions]
+
+
+def text(embeddings=letters, version=1):
+    about = {"text": {"encoder": version, "max_tokens": 8}}
+    encoder = CaptionEncoder(embeddings, CaptionPlace("json", "caption"))
+    return Encoding(encoder, about, lambda: {"text": {"encoder": version, "max_tokens": 8, "width": 2}})
 
 
 @pytest.fixture
@@ -212,43 +54,63 @@ def pictures(tmp_path):
         for number in range(10):
             buffer = io.BytesIO()
             Image.new("RGB", (4, 4), (25 * number, 0, 255)).save(buffer, "PNG")
-            caption = json.dumps({"caption": str(number)}).encode()
-            writer.write(f"p{number}", {"png": buffer.getvalue(), "cls": b"%d" % number, "json": caption})
-    return index_shards(tmp_path / "pictures", licence="CC0-1.0")
+            members = {"png": buffer.getvalue(), "cls": b"%d" % number, "bin": b"kept"}
+            writer.write(f"p{number}", members | {"json": json.dumps({"caption": "x" * number}).encode()})
+    return index_shards(tmp_path / "pictures", info={"classes": [*"abcdefghij"]}, licence="CC0-1.0")
 
 
-INFO = {"encoder": {"name": "halved", "version": 1}, "scaling": 0.5}
-
-
-def test_latents_keep_keys_order_shards_and_labels(pictures, tmp_path):
+def test_latents_take_the_place_of_pictures_and_nothing_else_changes(pictures, tmp_path):
     done = []
-    latents = encode_shards(
-        pictures, tmp_path / "latents", encode=halved, info=INFO, batch_size=3, progress=done.append
-    )
-    assert (latents.shards, latents.counts) == (pictures.shards, pictures.counts)
-    assert done == [4, 8, 10]
-    assert latents.licence == "CC0-1.0"
-    assert latents.info == {**INFO, "encoded_from": pictures.fingerprint}
-    for picture, latent in zip(all_samples(pictures), all_samples(latents), strict=True):
+    made = encode_shards(pictures, tmp_path / "out", [latents()], batch_size=3, progress=done.append)
+    assert (made.shards, made.counts) == (pictures.shards, pictures.counts)
+    assert done == [3, 4, 7, 8, 10]
+    assert made.licence == "CC0-1.0"
+    assert made.info == {
+        **pictures.info,
+        "encoder": {"name": "halved", "version": 1},
+        "scaling": 0.5,
+        "encoded_from": pictures.fingerprint,
+    }
+    for picture, latent in zip(all_samples(pictures), all_samples(made), strict=True):
         assert picture.key == latent.key
-        assert latent.members.keys() == {"moments.npy", "cls", "json"}
-        assert (latent.members["cls"], latent.members["json"]) == (
-            picture.members["cls"],
-            picture.members["json"],
-        )
-    data = next(ordered(pictures, 10))["data"]
-    batch = next(ordered(latents, 10))
-    assert torch.equal(batch["mean"], halved(data)[0].half().float())
+        expected = picture.members | {"moments.npy": latent.members["moments.npy"]}
+        del expected["png"]
+        assert latent.members == expected
+    data = floats(next(ordered(pictures, 10))["data"])
+    batch = next(ordered(made, 10))
+    assert torch.equal(batch["mean"], halved(data)[0].half())
     assert torch.all(batch["std"] == 0.125)
-    assert check_shards(latents.folder) == []
-    assert sorted(path.suffix for path in latents.folder.iterdir()) == [".idx"] * 3 + [".json"] + [".tar"] * 3
+    assert check_shards(made.folder) == []
+    assert sorted(path.suffix for path in made.folder.iterdir()) == [".idx"] * 3 + [".json"] + [".tar"] * 3
+
+
+def test_embeddings_join_pictures_or_latents_without_padding(pictures, tmp_path):
+    both = encode_shards(pictures, tmp_path / "both", [latents(), text()], batch_size=3)
+    assert both.extensions == ("bin", "cls", "json", "moments.npy", "text.npy")
+    assert both.info["text"] == {"encoder": 1, "max_tokens": 8, "width": 2}
+    for number, sample in enumerate(all_samples(both)):
+        assert len(sample.members["text.npy"]) == 128 + number * 2 * 2
+    beside = encode_shards(pictures, tmp_path / "beside", [text()])
+    assert "png" in beside.extensions
+    after = encode_shards(beside, tmp_path / "after", [latents()])
+    assert [sample.members for sample in all_samples(after)] == [
+        sample.members for sample in all_samples(both)
+    ]
+    assert after.info["text"] == both.info["text"]
+    problems = check_shards(both.folder)
+    assert problems == [
+        "shard-000002.tar: p9: text.npy is float16 (9, 2); the card says float (up to 8, 2). "
+        "Encode the captions again"
+    ]
 
 
 def test_a_killed_encoding_goes_on_at_the_first_missing_shard(pictures, tmp_path):
     code = """
         import sys, time
         import torch
+        from driftmap.data.decode import Pixels
         from driftmap.data.encode import encode_shards
+        from driftmap.data.encoders import Encoding, PictureEncoder
         from driftmap.data.shards import ShardSet
         calls = 0
         def slow(pictures):
@@ -259,8 +121,12 @@ def test_a_killed_encoding_goes_on_at_the_first_missing_shard(pictures, tmp_path
                 time.sleep(60)
             mean = torch.nn.functional.avg_pool2d(pictures, 2)
             return mean, torch.full_like(mean, 0.125)
-        info = {"encoder": {"name": "halved", "version": 1}, "scaling": 0.5}
-        encode_shards(ShardSet.open(sys.argv[1]), sys.argv[2], encode=slow, info=info, batch_size=2)
+        encoding = Encoding(
+            PictureEncoder(slow, Pixels()),
+            {"encoder": {"name": "halved", "version": 1}},
+            lambda: {"scaling": 0.5},
+        )
+        encode_shards(ShardSet.open(sys.argv[1]), sys.argv[2], [encoding], batch_size=2)
     """
     out = tmp_path / "latents"
     command = [sys.executable, "-c", textwrap.dedent(code), str(pictures.folder), str(out)]
@@ -268,13 +134,14 @@ def test_a_killed_encoding_goes_on_at_the_first_missing_shard(pictures, tmp_path
         assert process.stdout is not None
         assert process.stdout.readline() == "in the second shard\n"
         process.send_signal(signal.SIGKILL)
-    with pytest.raises(ValueError, match="has no index"):
+    with pytest.raises(ValueError, match="has no dataset.json, so it is not complete"):
         ShardSet.open(out)
+    assert check_shards(out) == [
+        f"{out}/encoding.json: an encoding was stopped; run the same `shards encode` again"
+    ]
     first = (out / "shard-000000.tar").stat().st_mtime_ns
-
-    other = {"encoder": {"name": "halved", "version": 2}}
     with pytest.raises(ValueError, match=r"holds latents of .*'version': 1.*expected .*'version': 2"):
-        encode_shards(pictures, out, encode=halved, info=other)
+        encode_shards(pictures, out, [latents(version=2)])
 
     calls = []
 
@@ -282,32 +149,89 @@ def test_a_killed_encoding_goes_on_at_the_first_missing_shard(pictures, tmp_path
         calls.append(len(batch))
         return halved(batch)
 
-    resumed = encode_shards(pictures, out, encode=counted, info=INFO, batch_size=2)
+    resumed = encode_shards(pictures, out, [latents(counted)], batch_size=2)
     assert calls == [2, 2, 2]
     assert (out / "shard-000000.tar").stat().st_mtime_ns == first
-    whole = encode_shards(pictures, tmp_path / "whole", encode=halved, info=INFO, batch_size=2)
-    assert resumed.fingerprint == whole.fingerprint
+    whole = encode_shards(pictures, tmp_path / "whole", [latents()], batch_size=2)
+    assert (resumed.fingerprint, resumed.info) == (whole.fingerprint, whole.info)
     assert not list(out.glob("*.tmp"))
 
 
-def test_complete_latents_are_left_alone(pictures, tmp_path):
+def test_a_complete_set_is_left_alone(pictures, tmp_path):
     def never(batch):
         raise AssertionError("there is nothing left to encode")
 
     out = tmp_path / "latents"
-    first = encode_shards(pictures, out, encode=halved, info=INFO)
-    assert encode_shards(pictures, out, encode=never, info=INFO) == first
-    with pytest.raises(ValueError, match="Choose another folder"):
-        encode_shards(pictures, out, encode=never, info={"encoder": "other"})
+    first = encode_shards(pictures, out, [latents(), text()])
+    assert encode_shards(pictures, out, [latents(never), text(never)]) == first
+    for others in ([latents(never, version=2), text(never)], [latents(never), text(never, version=2)]):
+        with pytest.raises(ValueError, match="Choose another folder"):
+            encode_shards(pictures, out, others)
 
 
 def test_mistakes_in_encoding_are_named(pictures, tmp_path):
-    with pytest.raises(ValueError, match=r"info has the keys \['scaling'\]; it needs 'encoder'"):
-        encode_shards(pictures, tmp_path / "a", encode=halved, info={"scaling": 1})
-    with pytest.raises(ValueError, match=r"shard-000000\.tar: p0: its latent is not finite in float16"):
-        encode_shards(pictures, tmp_path / "b", encode=lambda x: (x * 1e5, x), info=INFO)
-    with pytest.raises(ValueError, match=r"the encoder gave mean \(4, 3, 4, 4\) and std \(4, 3, 1, 4\)"):
-        encode_shards(pictures, tmp_path / "c", encode=lambda x: (x, x[:, :, :1]), info=INFO)
-    latents = encode_shards(pictures, tmp_path / "d", encode=halved, info=INFO)
-    with pytest.raises(ValueError, match="holds latents already; expected pictures"):
-        encode_shards(latents, tmp_path / "e", encode=halved, info=INFO)
+    def refused(message, *encodings, source=pictures):
+        with pytest.raises(ValueError, match=message):
+            encode_shards(source, tmp_path / str(len(list(tmp_path.iterdir()))), encodings)
+
+    refused(
+        r"shard-000000\.tar: p0: its moments\.npy is not finite in float16", latents(lambda x: (x * 1e5, x))
+    )
+    refused(
+        r"gave mean \(4, 3, 4, 4\) and std \(4, 3, 1, 4\) for 4 pictures",
+        latents(lambda x: (x, x[:, :, :1])),
+    )
+    refused(
+        r"p1: its text\.npy is not finite in float16",
+        text(lambda captions: [tokens * 1e5 for tokens in letters(captions)]),
+    )
+    made = encode_shards(pictures, tmp_path / "made", [latents()])
+    refused("holds moments.npy already; encode what it was made from", latents(), source=made)
+
+
+def test_samples_that_cannot_be_read_are_left_out_up_to_a_share(tmp_path):
+    with ShardWriter(tmp_path / "in", samples_per_shard=4) as writer:
+        for number, size in enumerate([(4, 4)] * 8 + [(8, 4)] * 4):
+            buffer = io.BytesIO()
+            Image.new("RGB", size).save(buffer, "PNG")
+            picture = buffer.getvalue()[:40] if number in (1, 9) else buffer.getvalue()
+            writer.write(
+                f"p{number}", {"png": picture, "json": b'{"caption": "x"}' if number != 6 else b"{}"}
+            )
+    source = index_shards(tmp_path / "in", info={"buckets": [[4, 4, 8], [4, 8, 4]]})
+    out = tmp_path / "out"
+    for share in (0.0, 0.2):
+        with pytest.raises(
+            ValueError, match=r"[13] of 12 samples cannot be encoded, such as .*: p\d.*--max-bad"
+        ):
+            encode_shards(source, out, [latents(), text()], batch_size=3, max_bad_fraction=share)
+    made = encode_shards(source, out, [latents(), text()], batch_size=3, max_bad_fraction=0.25)
+    assert [sample.key for sample in all_samples(made)] == [f"p{n}" for n in (0, 2, 3, 4, 5, 7, 8, 10, 11)]
+    lost = ["shard-000000.tar: p1", "shard-000001.tar: p6", "shard-000002.tar: p9"]
+    assert made.info["left_out"] == {"number": 3, "names": lost}
+    assert made.info["buckets"] == [[4, 4, 6], [4, 8, 3]]
+    assert list(made.buckets) == [(4, 4), (4, 8)]
+    assert check_shards(out) == []
+
+
+def test_latents_are_scaled_to_mean_zero_and_variance_one(tmp_path):
+    """Over all pixels of all sizes: the variance of a posterior is that of its mean plus its own."""
+    rng = np.random.default_rng(0)
+    with ShardWriter(tmp_path, samples_per_shard=5) as writer:
+        for number, size in enumerate([(8, 4)] * 5 + [(4, 8)] * 5 + [(6, 6)] * 3):
+            buffer = io.BytesIO()
+            Image.fromarray(rng.integers(0, 200, (*size, 3), np.uint8)).save(buffer, "PNG")
+            writer.write(f"p{number}", {"png": buffer.getvalue()})
+    shards = index_shards(tmp_path)
+    found = latent_statistics(halved, shards, Pixels())
+    means = [
+        halved(floats(Pixels().stack([sample.members["png"]], 1)["data"]))[0]
+        for sample in all_samples(shards)
+    ]
+    pixels = torch.cat([mean.flatten() for mean in means])
+    scaled = (pixels - found["shift_factor"]) * found["scaling_factor"]
+    assert scaled.mean().item() == pytest.approx(0, abs=1e-6)
+    assert scaled.var().item() + (0.125 * found["scaling_factor"]) ** 2 == pytest.approx(1, rel=1e-5)
+    assert found["channel_mean"][1] == pytest.approx(
+        torch.cat([mean[:, 1].flatten() for mean in means]).mean()
+    )

@@ -1,4 +1,7 @@
-"""Fifty kills at random moments: all go on from a whole checkpoint, and no sample is lost or doubled."""
+"""Fifty kills at random moments: all go on from a whole checkpoint, and no sample is lost or doubled.
+
+Nor is one when another number of processes goes on in the end.
+"""
 
 import functools
 import json
@@ -78,12 +81,14 @@ def test_fifty_kills_of_two_processes(tmp_path):
         kept |= {step: steps[step] for step in range(start + 1, reached + 1)}
         resumed_at.append(reached)
     assert resumed_at == sorted(resumed_at) and len(set(resumed_at)) > 10 and during_a_save > 5
-    last = resumed_at[-1]
+    last = resumed_at[-1] + 5
+    alone = tmp_path / "alone"
+    words = ("train", config, f"training.steps={last}", "--out", run)
+    driftmap(*words, logs=tmp_path / "last.logs", before=functools.partial(record, alone, 0)).succeeded()
+    kept |= read(alone)
     assert sorted(kept) == list(range(1, last + 1))
     samples = sorted(sample for step in kept.values() for sample in step)
     assert [position for position, _ in samples] == list(range(last * BATCH))
     for epoch in range(last * BATCH // NUM_SAMPLES):
         keys = [key for _, key in samples[epoch * NUM_SAMPLES : (epoch + 1) * NUM_SAMPLES]]
         assert set(Counter(keys).values()) == {1} and len(keys) == NUM_SAMPLES
-    words = ("train", config, f"training.steps={last + 2}", "--out", run)
-    driftmap(*words, logs=tmp_path / "last.logs").succeeded()

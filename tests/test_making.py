@@ -13,6 +13,7 @@ from driftmap.data.making import Source, make_shards
 from driftmap.data.members import read_pixels
 from driftmap.data.reader import Reader
 from driftmap.data.sources import Request, find_source
+from driftmap.data.split import split
 
 
 def files_of(folder):
@@ -106,3 +107,21 @@ def test_a_bad_picture_ends_the_processes_and_is_named(many, tmp_path):
     (many / "0" / "bad.png").write_bytes(b"\x89PNG hello")
     with pytest.raises(ValueError, match=r"0/bad\.png: the 10 bytes are no picture of a known kind"):
         make_shards(find_source(str(many), Request(size=8)), tmp_path / "out", workers=2)
+
+
+def test_a_held_out_part_is_the_same_by_whatever_a_key_ends_in(many, tmp_path):
+    source = find_source(str(many), Request(size=4))
+    training, held_out = split(source, 0.3)
+    made = [make_shards(part, tmp_path / name) for part, name in ((training, "t"), (held_out, "h"))]
+    keys = [{Reader(part).key(number) for number in range(part.num_samples)} for part in made]
+    assert keys[0] | keys[1] == {key for key, _ in source} and not keys[0] & keys[1]
+    assert 10 < len(keys[1]) < 35 and made[1].info["split"] == {"part": "held out", "held_out": 0.3}
+    # The same picture in another folder, among others, is on the same side.
+    some = sorted(keys[1])[0]
+    (many / "other").mkdir()
+    (many / "other" / f"{some.rpartition('/')[2]}.png").write_bytes((many / f"{some}.png").read_bytes())
+    _, again = split(find_source(str(many), Request(size=4)), 0.3)
+    assert {key for key, _ in again.samples()} == keys[1] | {f"other/{some.rpartition('/')[2]}"}
+    for share, message in ((0, "expected a share between 0 and 1"), (1e-9, "holds out 0 of 71 samples")):
+        with pytest.raises(ValueError, match=message):
+            split(find_source(str(many), Request(size=4)), share)

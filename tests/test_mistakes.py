@@ -94,21 +94,13 @@ def test_a_config_that_is_no_yaml(home):
     assert f"{home / 'broken.yaml'} is no valid YAML" in train(home, config="broken.yaml")
 
 
-# Shards
+# Shards: what else can be broken about them is in test_broken_inputs.py
 
 
 def test_shards_that_are_not_there(home):
     message = train(home, shards="pints")
     assert f"{home / 'pints'} is no folder; expected a folder of WebDataset tars" in message
     assert not (home / "new").exists()
-
-
-def test_shards_without_an_index(home):
-    (sidecar,) = (home / "points").glob("*.idx")
-    sidecar.unlink()
-    message = train(home, out="run")
-    assert f"{sidecar.with_suffix('.tar')} has no index" in message
-    assert f"driftmap shards index {home / 'points'}" in message
 
 
 def test_a_truncated_tar(home):
@@ -126,14 +118,6 @@ def test_a_changed_byte_of_a_sample(home):
     message = train(home)
     assert tar.name in message and "points.npy has changed since it was indexed" in message
     assert "copy the shard again" in message
-
-
-def test_a_picture_that_is_none(home):
-    write_numbered(
-        home / "damaged", lambda n: {"png": b"no picture" if n == 40 else picture(n), "cls": b"0"}, channels=1
-    )
-    message = train(home, *classifier(channels=1), shards="damaged")
-    assert "shard.tar: 040" in message and "no picture" in message
 
 
 def classifier(**settings):

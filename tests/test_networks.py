@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from driftmap.models.backbones.dit import DiT
 from driftmap.models.backbones.mlp import MLP
+from driftmap.models.condition import Condition, Text, silenced, take
 from driftmap.models.flow_map import FlowMap
 from driftmap.trainer.objective import Batch
 from driftmap.trainer.objectives.flow_matching import FlowMatching
@@ -26,13 +27,18 @@ NETWORKS: dict[str, Callable[[], Any]] = {
     "dit, qk norm": lambda: DiT(
         sample_size=4, in_channels=3, width=16, depth=2, num_heads=2, num_classes=3, qk_norm=True
     ),
+    "dit, captions": lambda: DiT(
+        sample_size=4, in_channels=3, width=16, depth=2, num_heads=2, qk_norm=True, text_width=5, max_tokens=4
+    ),
     "mlp": lambda: MLP(channels=3, width=16, depth=2, num_classes=3),
 }
 every_network = pytest.mark.parametrize("name", NETWORKS)
-every_dit = pytest.mark.parametrize("name", ["dit", "dit, qk norm"])
+every_dit = pytest.mark.parametrize("name", ["dit", "dit, qk norm", "dit, captions"])
 RANDOM = Random(0, torch.arange(6))
 S, T = torch.tensor([1.0, 0.9, 0.7, 0.5, 0.3, 0.1]), torch.tensor([0.0, 0.4, 0.7, 0.1, 0.2, 0.0])
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
+LENGTHS = torch.tensor([4, 3, 1, 0, 2, 4])
+TEXT = Text(RANDOM.normal("text", (4, 5)), torch.arange(4) < LENGTHS[:, None])
 
 
 def network(name: str) -> Any:
@@ -49,6 +55,11 @@ def moved(name: str) -> Any:
     return found
 
 
+def given(name: str) -> Condition:
+    """Return conditions of the kind that a network takes; the fourth one says nothing."""
+    return TEXT if name == "dit, captions" else LABELS
+
+
 def state(found: nn.Module) -> Tensor:
     return RANDOM.normal("x", found.sample_shape)
 
@@ -58,7 +69,9 @@ def trained(found: Any, objective: Any, *, steps: int = 5) -> Any:
     optimizer = torch.optim.AdamW(found.parameters(), lr=1e-2, weight_decay=0.1)
     for step in range(steps):
         random = Random(1, torch.arange(8 * step, 8 * step + 8))
-        batch = Batch(random.normal("data", found.sample_shape), random.index % 3, random)
+        captions = Text(random.normal("text", (4, 5)), torch.ones(8, 4, dtype=torch.bool))
+        condition = captions if FlowMap(found).text_width else random.index % 3
+        batch = Batch(random.normal("data", found.sample_shape), condition, random)
         objective(FlowMap(found), batch)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -70,7 +83,7 @@ def test_a_student_with_its_teachers_weights_equals_it_on_the_diagonal(name: str
     teacher, student = moved(name), network(name)
     student.load_state_dict(teacher.state_dict())
     x = state(teacher)
-    assert torch.equal(FlowMap(student).velocity(x, S, LABELS), teacher(x, S, S, LABELS))
+    assert torch.equal(FlowMap(student).velocity(x, S, given(name)), teacher(x, S, S, given(name)))
 
 
 @every_dit
@@ -78,8 +91,8 @@ def test_a_student_at_birth_equals_its_teacher_whatever_the_target_time(name: st
     """Flow matching, weight decay included, never moves the last layer of the gap's embedding from zero."""
     teacher = trained(network(name), FlowMatching())
     x = state(teacher)
-    assert torch.equal(teacher(x, S, T, LABELS), teacher(x, S, S, LABELS))
-    assert teacher(x, S, S, LABELS).abs().max() > 0
+    assert torch.equal(teacher(x, S, T, given(name)), teacher(x, S, S, given(name)))
+    assert teacher(x, S, S, given(name)).abs().max() > 0
 
 
 @every_dit
@@ -89,9 +102,9 @@ def test_whatever_is_trained_the_diagonal_does_not_see_the_gap_embedding(name: s
     for parameter in other.embed.gap.parameters():
         nn.init.normal_(parameter)
     x = state(student)
-    assert torch.equal(student(x, S, S, LABELS), other(x, S, S, LABELS))
+    assert torch.equal(student(x, S, S, given(name)), other(x, S, S, given(name)))
     assert student.embed.gap.second.weight.abs().max() > 0
-    assert not torch.equal(student(x, S, T, LABELS), student(x, S, S, LABELS))
+    assert not torch.equal(student(x, S, T, given(name)), student(x, S, S, given(name)))
 
 
 @every_network
@@ -101,7 +114,7 @@ def test_the_forward_mode_derivative_and_its_gradient_are_those_of_a_central_dif
     x, s, t = state(found).double(), S.double(), T.double()
 
     def mean_velocity(time: Tensor) -> Tensor:
-        return found(x, s, time, LABELS)
+        return found(x, s, time, given(name))
 
     parts = []
     for how in ("forward", "finite_difference"):
@@ -118,7 +131,7 @@ def test_a_batch_may_be_empty(name: str) -> None:
     """Of the few samples of a process none may be a jump, and a strategy wants every process to call."""
     found = moved(name)
     x = state(found)
-    empty = found(x[:0], S[:0], T[:0], LABELS[:0])
+    empty = found(x[:0], S[:0], T[:0], take(given(name), slice(0)))
     assert empty.shape == (0, *x.shape[1:])
     empty.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in found.parameters() if p.dim() > 1)
@@ -128,10 +141,11 @@ def test_a_batch_may_be_empty(name: str) -> None:
 def test_blocks_called_one_by_one_are_the_forward(name: str) -> None:
     found = moved(name)
     x = state(found)
-    tokens, c = found.embed(x, S, T, LABELS)
+    *caption, mean = found.caption(*TEXT) if name == "dit, captions" else [0.0]
+    tokens, c = found.embed(x, S, T, None if caption else LABELS)
     for block in found.blocks:
-        tokens = block(tokens, c)
-    assert torch.equal(found.unpatch(found.head(tokens, c)), found(x, S, T, LABELS))
+        tokens = block(tokens, c + mean, *caption)
+    assert torch.equal(found.unpatch(found.head(tokens, c + mean)), found(x, S, T, given(name)))
 
 
 def test_patches_go_back_to_where_they_were_taken() -> None:
@@ -150,20 +164,23 @@ def test_patches_go_back_to_where_they_were_taken() -> None:
 
 
 @every_network
-def test_a_missing_condition_is_the_null_label(name: str) -> None:
+def test_a_missing_condition_says_nothing(name: str) -> None:
     found = moved(name)
-    x, null = state(found), torch.full((6,), found.null_label)
-    assert found.null_label == 3
-    assert torch.equal(found(x, S, T), found(x, S, T, null))
-    assert not torch.equal(found(x, S, T), found(x, S, T, LABELS))
+    x, nothing = state(found), FlowMap(found).null_condition
+    null = silenced(given(name), torch.ones(6, dtype=torch.bool), nothing=nothing)
+    torch.testing.assert_close(found(x, S, T), found(x, S, T, null), rtol=1e-5, atol=1e-6)
+    assert (found(x, S, T)[:3] - found(x, S, T, given(name))[:3]).abs().amax(
+        tuple(range(1, x.dim()))
+    ).min() > 1e-4
 
 
 @every_network
 def test_each_sample_is_computed_on_its_own(name: str) -> None:
     found = moved(name)
     x = state(found)
-    alone = torch.cat([found(x[i : i + 1], S[i : i + 1], T[i : i + 1], LABELS[i : i + 1]) for i in range(6)])
-    torch.testing.assert_close(found(x, S, T, LABELS), alone, rtol=1e-4, atol=1e-5)
+    rows = [slice(i, i + 1) for i in range(6)]
+    alone = torch.cat([found(x[row], S[row], T[row], take(given(name), row)) for row in rows])
+    torch.testing.assert_close(found(x, S, T, given(name)), alone, rtol=1e-4, atol=1e-5)
 
 
 @every_dit
@@ -175,7 +192,7 @@ def test_a_saved_transformer_is_loaded_as_it_was(name: str, tmp_path: Path) -> N
     settings = {key for key in found.config if not key.startswith("_")}
     assert {key: loaded.config[key] for key in settings} == {key: found.config[key] for key in settings}
     x = state(found)
-    assert torch.equal(loaded(x, S, T, LABELS), found(x, S, T, LABELS))
+    assert torch.equal(loaded(x, S, T, given(name)), found(x, S, T, given(name)))
 
 
 @pytest.mark.parametrize(
@@ -184,6 +201,7 @@ def test_a_saved_transformer_is_loaded_as_it_was(name: str, tmp_path: Path) -> N
         ({"sample_size": 7}, "sample_size 7 is no multiple of patch_size 2"),
         ({"width": 18, "num_heads": 2}, "width 18 must be a multiple of 4 and of num_heads 2"),
         ({"width": 16, "num_heads": 3}, "width 16 must be a multiple of 4 and of num_heads 3"),
+        ({"num_classes": 2, "text_width": 3}, "a sample has a class or a caption; set one of them to 0"),
     ],
 )
 def test_sizes_that_do_not_go_together_are_refused(settings: dict[str, int], message: str) -> None:
@@ -199,7 +217,61 @@ def test_samples_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
 
 
 def test_an_unknown_class_is_refused() -> None:
-    for name in NETWORKS:
+    for name in NETWORKS.keys() - {"dit, captions"}:
         found = network(name)
         with pytest.raises(IndexError):
             found(state(found), S, T, LABELS + 1)
+
+
+# Captions
+
+
+def test_padding_and_its_length_do_not_matter() -> None:
+    found, x = moved("dit, captions"), state(network("dit"))
+    noise = torch.where(TEXT.mask[..., None], TEXT.tokens, 1e3 * torch.randn(6, 4, 5))
+    assert torch.equal(found(x, S, T, Text(noise, TEXT.mask)), found(x, S, T, TEXT))
+    short = found(x[2:3], S[2:3], T[2:3], Text(TEXT.tokens[2:3, :1], TEXT.mask[2:3, :1]))
+    torch.testing.assert_close(short, found(x, S, T, TEXT)[2:3], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["reading", "mean"])
+def test_blocks_read_the_tokens_and_the_modulation_their_mean(part: str) -> None:
+    """Each way alone lets a caption through; at birth, with both at zero, the output ignores it."""
+    found, other = moved("dit, captions"), Text(TEXT.tokens.flip(1), TEXT.mask)
+    x = state(found)
+    for name, parameter in found.named_parameters():
+        if name in ("caption.mean.weight", "blocks.0.reading.projection.weight") and part not in name:
+            nn.init.zeros_(parameter)
+    nn.init.zeros_(found.blocks[1].reading.projection.weight)
+    assert (found(x, S, T, TEXT) - found(x, S, T, other))[1].abs().max() > 1e-4
+    nn.init.zeros_(found.caption.mean.weight)
+    nn.init.zeros_(found.blocks[0].reading.projection.weight)
+    assert torch.equal(found(x, S, T, TEXT), found(x, S, T, other))
+
+
+def test_text_on_top_of_a_network_without_changes_nothing_at_birth() -> None:
+    """So a text-less checkpoint can be given captions."""
+    plain = DiT(sample_size=4, in_channels=3, width=16, depth=2, num_heads=2)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    found = DiT(sample_size=4, in_channels=3, width=16, depth=2, num_heads=2, text_width=5, max_tokens=4)
+    assert not found.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
+    x = state(plain)
+    assert torch.equal(found(x, S, T, TEXT), plain(x, S, T))
+
+
+@pytest.mark.parametrize(
+    "condition, message",
+    [
+        (LABELS, "takes captions of text_width 5, not class labels"),
+        (Text(torch.zeros(6, 5, 5), torch.zeros(6, 5).bool()), "5 tokens of width 5, expected at most 4 of"),
+        (Text(torch.zeros(6, 4, 3), torch.zeros(6, 4).bool()), "4 tokens of width 3, expected at most 4 of"),
+    ],
+)
+def test_other_conditions_than_its_captions_are_refused(condition: Condition, message: str) -> None:
+    found = network("dit, captions")
+    with pytest.raises(ValueError, match=message):
+        found(state(found), S, T, condition)
+    with pytest.raises(ValueError, match=r"takes no captions \(text_width is 0\)"):
+        network("dit")(state(found), S, T, TEXT)

@@ -6,18 +6,18 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMapEulerDiscreteScheduler
-from torch import Tensor, nn
+from torch import Tensor
 
 from driftmap.models.denoiser import Denoiser, Guided
 from driftmap.models.flow_map import FlowMap
-from driftmap.models.path import Linear, Trig, expand
-from driftmap.models.sampler import time_grid
+from driftmap.models.path import Linear, Trig
+from driftmap.models.samplers import time_grid
 from driftmap.trainer.objectives.flow_matching import FlowMatching
-from oracle import CLASS_MEANS, GaussianBackbone, exact, gaussian_batch
+from oracle import CLASS_MEANS, GaussianBackbone, Posterior, exact, gaussian_batch
 
 PATHS = {"linear": Linear(), "trig": Trig()}
 every_path = pytest.mark.parametrize("name", PATHS)
-every_prediction = pytest.mark.parametrize("prediction", ["velocity", "noise", "data"])
+every_prediction = pytest.mark.parametrize("prediction", ["velocity", "noise", "data", "v"])
 TIMES = torch.linspace(0.02, 0.98, 64, dtype=torch.float64)
 BATCH = gaussian_batch(64)
 DATA, NOISE = BATCH.data, BATCH.noise()
@@ -50,7 +50,8 @@ def test_the_paths_are_the_straight_line_and_the_quarter_circle() -> None:
 def test_end_points_are_found_again_from_the_state_and_any_prediction(name: str, prediction: Any) -> None:
     path = PATHS[name]
     state, velocity = path.state(DATA, NOISE, TIMES), path.velocity(DATA, NOISE, TIMES)
-    said = {"velocity": velocity, "noise": NOISE, "data": DATA}[prediction]
+    v = (path.alpha(TIMES)[:, None] * NOISE - path.sigma(TIMES)[:, None] * DATA) / path.scale(TIMES)[:, None]
+    said = {"velocity": velocity, "noise": NOISE, "data": DATA, "v": v}[prediction]
     data, noise = path.end_points(state, said, TIMES, kind=prediction)
     torch.testing.assert_close(data, DATA)
     torch.testing.assert_close(noise, NOISE)
@@ -63,21 +64,6 @@ def test_a_velocity_prediction_gives_the_end_points_at_both_ends_of_time(name: s
     data, noise = path.end_points(state, velocity, ends, kind="velocity")
     torch.testing.assert_close(data, DATA)
     torch.testing.assert_close(noise, NOISE)
-
-
-class Posterior(nn.Module):
-    """The exact posterior means of data N(0.7, 0.4^2) given x_t, as a network of any prediction."""
-
-    def __init__(self, path: Any, prediction: str) -> None:
-        super().__init__()
-        self.path, self.prediction = path, prediction
-
-    def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Return the prediction at x_t = x."""
-        alpha, sigma = expand(self.path.alpha(t), x), expand(self.path.sigma(t), x)
-        centred = (x - alpha * 0.7) / (alpha**2 * 0.4**2 + sigma**2)
-        data, noise = 0.7 + alpha * 0.4**2 * centred, sigma * centred
-        return {"data": data, "noise": noise, "velocity": self.path.velocity(data, noise, t)}[self.prediction]
 
 
 @every_prediction

@@ -1,6 +1,16 @@
 """Batches and runs from a bad server are bitwise those of the local folder, and its failures are counted."""
 
+import functools
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -16,7 +26,6 @@ from bad_server import (
     names,
     serving,
     take,
-    write_shards,
 )
 from driftmap.data.batch import Batches, Stream
 from driftmap.data.cache import Cache
@@ -28,12 +37,6 @@ from driftmap.trainer.config import ConfigError, read_config
 from driftmap.trainer.recipe import recipe_from, resolved, schema
 from driftmap.trainer.report import read_log
 from runs import checkpoints, driftmap, read_losses, wait_until, write_config
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory):
-    return write_shards(tmp_path_factory.mktemp("local"))
-
 
 # A bad server
 
@@ -136,14 +139,80 @@ def test_what_is_not_there_is_said_at_once(local, tmp_path):
 # Addresses and the config
 
 
+def put_into_memory(folder):
+    for file in folder.iterdir():
+        fsspec.filesystem("memory").pipe_file(f"/sets/points/{file.name}", file.read_bytes())
+
+
 def test_another_kind_of_address(local, tmp_path):
-    memory = fsspec.filesystem("memory")
-    for file in local.folder.iterdir():
-        memory.pipe_file(f"/sets/points/{file.name}", file.read_bytes())
+    put_into_memory(local.folder)
     shards = ShardSet.open("memory://sets/points/", cache=tmp_path)
     assert_same(take(shards, EPOCH), take(local, EPOCH))
     assert str(shards.folder) == "memory://sets/points"
-    memory.rm("/sets", recursive=True)
+    fsspec.filesystem("memory").rm("/sets", recursive=True)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What huggingface_hub (2.4) asks of the Hub to read files of the data set lab/points."""
+
+    folder: Path
+
+    def do_GET(self):  # noqa: N802
+        """Answer what the repository is, which files it has, and these or parts of them."""
+        if self.path.startswith("/api/datasets/lab/points/tree/main"):
+            files = ((file.name, file.stat().st_size) for file in self.folder.iterdir())
+            about = [{"type": "file", "path": name, "oid": "b" * 40, "size": size} for name, size in files]
+            self.answer(json.dumps(about).encode())
+            return
+        if self.path.startswith("/api/datasets/lab/points"):
+            self.answer(json.dumps({"id": "lab/points", "sha": "a" * 40, "private": False}).encode())
+            return
+        body = (self.folder / self.path.removeprefix("/datasets/lab/points/resolve/main/")).read_bytes()
+        if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"] or ""):
+            start, end = map(int, asked.groups())
+            self.answer(body[start : end + 1], 206, f"bytes {start}-{end}/{len(body)}")
+        else:
+            self.answer(body)
+
+    def answer(self, body, status=200, content_range=None):
+        """Send it."""
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        if content_range:
+            self.send_header("Content-Range", content_range)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+def test_a_data_set_on_the_hub(local, tmp_path):
+    code = """
+    import sys
+    from pathlib import Path
+    from driftmap.data.reader import Reader
+    from driftmap.data.shards import ShardSet
+    from driftmap.data.stream import ShardStream
+    here, address, cache = Path(sys.argv[1]), "hf://datasets/lab/points", Path(sys.argv[2])
+    sets = ShardSet.open(here), ShardSet.open(address, cache=cache)
+    readers = [Reader(shards) for shards in sets]
+    for number in range(sets[0].num_samples):
+        assert readers[0].read(number) == readers[1].read(number), number
+    heads = [[sample.members for sample in ShardStream.of(place).head] for place in (here, address)]
+    assert heads[0] == heads[1]
+    """
+    handler = type("Handler", (Hub,), {"folder": local.folder})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        # The client reads these when it is imported, so it is another process.
+        place = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+        place |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_TOKEN": "hf_test"}
+        command = [sys.executable, "-c", textwrap.dedent(code), str(local.folder), str(tmp_path / "cache")]
+        environment = {**os.environ, **place, "PYTHONPATH": str(Path(__file__).parent)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
 
 
 def test_names_that_lead_out_of_the_cache_are_refused(local, tmp_path):
@@ -195,6 +264,20 @@ def test_a_run_from_an_address_is_the_local_one(local, tmp_path):
             for steps in (4, 8):  # the second goes on from the first
                 words = ("train", config, f"training.steps={steps}", *cache, "--out", run)
                 driftmap(*words, logs=tmp_path / f"{run.name}.logs").succeeded()
+    # The memory of one process is not that of the next, so this one has to be straight.
+    config = write_config(tmp_path / "memory.yaml", "memory://sets/points", data__window=4)
+    words = (
+        "train",
+        config,
+        "training.steps=8",
+        f"data.cache={tmp_path / 'third'}",
+        "--out",
+        tmp_path / "memory",
+    )
+    put = functools.partial(put_into_memory, local.folder)
+    driftmap(*words, logs=tmp_path / "memory.logs", before=put).succeeded()
+    assert read_losses(tmp_path / "memory") == read_losses(runs[0])
+    assert len(names(tmp_path / "third", "*.tar")) > 0
     here, there = map(checkpoints, runs)
     assert list(here) == list(there)
     for step in here:

@@ -12,68 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from driftmap.trainer.report import grid, means, read_log, write_report
+from driftmap.trainer.charts import means
+from driftmap.trainer.report import grid, read_log, write_report
+from run_folders import HOSTILE, log_line, make_evaluation, make_run
 
-HOSTILE = "run <img src=x onerror=alert(1)>"
-HOSTILE_CAPTION = '"><img src=x onerror=alert(2)>.png'
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 QUIET = (
     "--enable-logging=stderr --v=0 --headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
     "--disable-background-networking --disable-component-update --disable-sync --virtual-time-budget=4000"
 ).split() + ["--host-resolver-rules=MAP * ~NOTFOUND"]  # a browser has errands of its own: it reaches nobody
-
-
-def log_line(step: int, *, loss: float) -> str:
-    """Give one line of log.jsonl with three time bins."""
-    row = {"step": step, "samples": step * 128, "loss": loss, "loss_<i>$\\frac$": loss / 2}
-    row |= {"images_per_s": 812.0 + step % 7, "data_wait_percent": 0.4, "time_s": 0.16 * step}
-    return json.dumps(row | {f"error_t{place}": loss * 0.5**place for place in range(3)})
-
-
-def checkers(shade: int) -> bytes:
-    """Draw a grid of 8 invented images in 4 columns."""
-    images = torch.arange(8 * 3 * 16 * 16).view(8, 3, 16, 16) * shade % 251
-    return grid(images.to(torch.uint8), 4)
-
-
-def make_run(folder: Path) -> Path:
-    """Write a run folder with everything in it."""
-    samples = folder / "samples"
-    samples.mkdir(parents=True)
-    for name in ("teacher-nfe-04.png", "teacher-nfe-50.png", "student-nfe-01.png", "student-nfe-04.png"):
-        (samples / name).write_bytes(checkers(len(name)))
-    for name in ("held-out.png", "reconstructions.png", HOSTILE_CAPTION):
-        (samples / name).write_bytes(checkers(3))
-    lines = [log_line(step, loss=1.5 / (1 + step / 500) + 0.05 * (step % 3)) for step in range(10, 4010, 10)]
-    (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "recipe.yaml").write_text("seed: 7\nobjective: {name: lagrangian}\nnote: <b>bold</b>\n")
-    (folder / "versions.json").write_text(
-        json.dumps({"torch": "2.13.0", "git": "0123abc", "machine": "2 cores"})
-    )
-    return folder
-
-
-def make_evaluation(path: Path) -> Path:
-    """Write an evaluation of a teacher and a student, with a column that the report has not heard of."""
-    measured = {
-        "teacher": {1: 14.72, 2: 6.113, 4: 2.31, 8: 1.402, 16: 1.118, 50: 1.0},
-        "student": {1: 1.337, 2: 1.161, 4: 1.08, 8: 1.071},
-    }
-    rows = [
-        {"model": model, "nfe": nfe, "frechet": 3.217 * ratio, "ratio": ratio, "kernel": 0.0123 * ratio}
-        | {
-            "endpoint_error": 0.21 * (ratio - 1) / nfe,
-            "seconds_per_sample": 0.003 * nfe,
-            "precision <i>": 0.7654,
-        }
-        for model, ratios in measured.items()
-        for nfe, ratio in ratios.items()
-    ]
-    evaluation = {"features": "small classifier", "num_samples": 10000, "many_nfe": 50, "rows": rows}
-    evaluation |= {"floor": {"self": 1.1, "reconstruction": 2.05}, "guidance": 1.5, "seed": 3}
-    evaluation |= {"autoencoder": "our own, 4 channels", "reference": "held-out split"}
-    path.write_text(json.dumps(evaluation))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -108,14 +55,27 @@ def test_the_sentence_on_top_names_the_fewest_evaluations_that_are_nearly_the_be
     assert f"{sentence}; the teacher itself in 4: 2.31." in page.read_text()
 
 
-def test_a_blind_metric_gets_no_sentence(page: Path):
-    evaluation = json.loads((page.parent / "evaluation.json").read_text()) | {"sees": False}
-    (page.parent / "blind.json").write_text(json.dumps(evaluation))
+def test_a_blind_metric_gets_no_sentence_and_no_ratio(page: Path):
+    evaluation = json.loads((page.parent / "evaluation.json").read_text())
+    for row in evaluation["rows"]:
+        row["ratio"] = None
+    (page.parent / "blind.json").write_text(json.dumps(evaluation | {"blind": ["frechet", "kernel"]}))
     runs = [page.parent / "student-lagrangian"]
     text = write_report(
         page.parent / "blind.html", runs=runs, evaluation=page.parent / "blind.json"
     ).read_text()
-    assert "This metric is blind" in text and "the student reaches" not in text
+    assert "<strong>Blind:</strong> Fréchet distance, small classifier, Kernel distance." in text
+    assert "Kernel distance (blind)</th>" in text and "Blind" not in page.read_text()
+    assert "the student reaches" not in text and "Times the teacher" not in text
+    assert rows_of(text)[0][:3] == ["1", "47.35", "4.301"], "the distance itself is shown"
+
+
+def test_floors_stand_under_the_table(page: Path):
+    foot = re.search(r"<tfoot>(.*?)</tfoot>", page.read_text(), re.DOTALL)
+    assert foot and re.findall(r"floor: (\w+)</th><td[^>]*>([^<]*)<", foot[1]) == [
+        ("reconstruction", "2.050"),
+        ("self", "1.100"),
+    ]
 
 
 def test_the_page_refers_to_nothing_outside_itself(page: Path):
@@ -146,10 +106,10 @@ def test_the_same_input_gives_the_same_bytes(page: Path):
 
 def test_a_chart_has_ids_of_its_own(page: Path):
     charts = re.findall(r"<svg.*?</svg>", page.read_text(), re.DOTALL)
-    assert len(charts) == 2 + 2 * 2
+    assert len(charts) == 3 + 1 + 2 * 2, "quality, time bins side by side, and each run's own"
     ids = [name for chart in charts[:4] for name in re.findall(r'\bid="([^"]*)"', chart)]
     assert len(ids) == len(set(ids))
-    assert ">0.05<" in charts[1], "one exact end point takes the logarithmic axis away"
+    assert ">0.05<" in charts[2], "one exact end point takes the logarithmic axis away"
     for chart in charts:
         assert set(re.findall(r'(?:href="|url\()#([^")]*)', chart)) <= set(
             re.findall(r'\bid="([^"]*)"', chart)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from driftmap.models.sampler import euler, heun, jump, time_grid
+from driftmap.models.samplers import euler, heun, jump, time_grid
 from driftmap.trainer.seeds import Random
 from oracle import CLASS_MEANS, exact
 

@@ -18,7 +18,6 @@ from bad_server import (
     serving,
     take,
     watched,
-    write_shards,
 )
 from driftmap.data.batch import Batches, Stream, ordered
 from driftmap.data.cache import Cache
@@ -27,11 +26,6 @@ from driftmap.data.prefetch import Ahead
 from driftmap.data.reader import Reader
 from driftmap.data.shards import CARD, ShardSet
 from runs import FORKS, wait_until
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory):
-    return write_shards(tmp_path_factory.mktemp("local"))
 
 
 def test_a_spoiled_file_of_the_cache_is_fetched_again(local, tmp_path):

@@ -247,13 +247,14 @@ def test_a_teacher_teaches_the_same_whole_or_sharded(strategy, shard, folder, al
 
 def evaluate_the_mean(file, rank):
     """Let a process write a batch's losses with its weights, with their mean, and with its weights again."""
+    from driftmap.data.batch import Batches, Stream
     from driftmap.trainer import build
 
     train = build.train
 
     def train_and_evaluate(recipe, folder):
         run = train(recipe, folder)
-        with build.Batches(run.shards, build.Stream(12, seed=5)) as batches:
+        with Batches(run.shards, Stream(12, seed=5)) as batches:
             samples = next(batches)
         losses = [loss_of(run, samples)]
         with run.ema.swapped_in(refresh=run.strategy.refresh):

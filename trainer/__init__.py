@@ -8,13 +8,18 @@ folder goes on at the next sample, on any number of processes, under any strateg
     config.py      YAML and key=value overrides -> checked objects; every message names the key
     recipe.py      one frozen class per section; the rules across sections
     build.py       a recipe becomes a run
+    batches.py     the batches that it asks for; faults.py: every process gets its own, or all stop
     loop.py        Task(model, objective) and Run: the training loop
     objective.py   what an objective is; the diagonal rule they share
     objectives/    one file per loss; the file's name is its name in a config
+    weighting.py   weights of a denoising loss; coupling.py: which noise belongs to which data
+    meaning.py     what a run's network predicts, kept with it; guiding.py: guidance that is asked for
     tangent.py     derivatives along the target time: forward mode or finite difference
     self_test.py   one batch shows that they are right where the run is
     times.py       distributions of t and of pairs (s, t)
     seeds.py       random numbers as a function of (seed, position, purpose)
+    encode.py      which autoencoder and text encoder made a data set, and making it
+    fit.py         whether samples, classes and captions fit the networks
     latents.py     posterior moments become scaled latents
     optim.py       AdamW and its learning rate
     world.py       the processes and what they tell each other
@@ -28,5 +33,9 @@ folder goes on at the next sample, on any number of processes, under any strateg
     hooks.py  log.py  progress.py
     cost.py        bytes and operations of a recipe
     evaluate.py    quality against number of evaluations
-    report.py      a run folder as one HTML page
+    features.py    the networks that it sees with; judge.py: what it keeps of what it sees
+    references.py  the real pictures, measured once; metrics/: the distances
+    likelihood.py  bounds and densities of data; measuring.py: over a whole set; rate_distortion.py
+    report.py      run folders as one HTML page; comparison.py, likelihood_tables.py: side by side
+    charts.py      lines as inline SVG
 """

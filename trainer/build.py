@@ -18,31 +18,34 @@ import torch
 import yaml
 from torch import nn
 
-from ..data.batch import Batches, Stream, ordered
-from ..data.reader import Reader
+from ..data.resampled import first_batch
 from ..data.shards import ShardSet, write_atomically
-from ..models.denoiser import Guided, InBf16
+from ..models.denoiser import Along, InBf16
 from ..models.flow_map import FlowMap, Velocity
+from .batches import batches_of
 from .blocks import set_up_blocks
 from .checkpoint import CheckpointError, fingerprint, load_weights, newest, restore
 from .compatibility import check_compatibility
 from .config import ConfigError, checked, plugin_class, split_name
 from .ema import Ema, kinds_of
+from .fit import check_data, check_teacher
 from .guard import Guard
+from .guiding import guided
 from .hooks import show_progress, stop_at_signals, update_ema
 from .latents import Preparation
 from .log import Journal
-from .loop import Run, Task
+from .loop import Hook, Run, Task
+from .meaning import flow_of, meaning_after, meaning_of
 from .optim import learning_rate
 from .posthoc import Snapshots
-from .recipe import NETWORKS, DataSection, Recipe, TeacherSection, network_kind, resolved
+from .recipe import NETWORKS, DataSection, Recipe, network_kind, resolved
 from .saver import Saver
 from .self_test import check_tangent
 from .strategy import strategy_of, trainable
 
 # What changes nothing about the weights, or only when training ends.
 MAY_CHANGE = re.compile(
-    r"strategy\.|data\.cache|ema\.snapshot_every\."
+    r"strategy\.|evaluation\.|data\.(cache|max_bad_fraction)|ema\.snapshot_every\."
     r"|training\.(steps|accumulation|save_every|save_in_background|keep|log_every|non_finite|spike_factor"
     r"|recompute_every|compile|attention)\."
 )
@@ -53,10 +56,22 @@ def train(recipe: Recipe, folder: Path) -> Run:
     run = build(recipe, folder)
     with run.batches, stop_at_signals(run) as stop, show_progress(run) as show:
         saver = Saver()
-        # The journal has to know of a stop, and comes before the checkpoint: see log.py.
-        run.hooks += [update_ema, stop, Guard(saver), Journal(run), Snapshots(run), saver, show]
+        run.batches.before_stop = lambda: saver.finish(run)
+        # A signal during a validation stops the run at that step. The journal has to know of a stop, and comes
+        # before the checkpoint: see log.py.
+        run.hooks += [update_ema, Guard(saver), *_validation(run), stop]
+        run.hooks += [Journal(run), Snapshots(run), saver, show]
         run.train()
     return run
+
+
+def _validation(run: Run) -> list[Hook]:
+    """Return the hook that evaluates, if a recipe asks for one."""
+    if run.recipe.evaluation is None:
+        return []
+    from .validation import Validation  # it sees by networks that this file loads
+
+    return [Validation(run)]
 
 
 def build(recipe: Recipe, folder: Path) -> Run:
@@ -71,7 +86,7 @@ def build(recipe: Recipe, folder: Path) -> Run:
     if recipe.training.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     prepare = Preparation.of(shards.info, seed=recipe.seed, device=world.device)
-    teacher, teacher_weights = _teacher(recipe.teacher, shards, world.device, shard=strategy.shard_frozen)
+    teacher, teacher_weights = _teacher(recipe, model, shards, world.device, shard=strategy.shard_frozen)
     world.first(lambda: _check_recipe(recipe, folder))
     checkpoint = world.first(lambda: newest(folder))
     shapes = {name: tuple(parameter.shape) for name, parameter in trainable(model).items()}
@@ -79,13 +94,6 @@ def build(recipe: Recipe, folder: Path) -> Run:
         model, recipe.objective, prepare=prepare, teacher=teacher, precision=recipe.training.precision
     )
     strategy.prepare(task, model, recipe.optimizer)
-    stream = Stream(
-        recipe.data.batch_size // recipe.training.accumulation,
-        seed=recipe.seed,
-        window=recipe.data.window,
-        rank=world.rank,
-        world=world.size,
-    )
     run = Run(
         folder=folder,
         recipe=recipe,
@@ -95,13 +103,20 @@ def build(recipe: Recipe, folder: Path) -> Run:
         ema=Ema(strategy.fragments, kinds_of(recipe.ema)),
         shards=shards,
         lineage={"seed": recipe.seed, "dataset": shards.fingerprint, "teacher": teacher_weights},
-        batches=Batches(shards, stream, start=checkpoint.state["samples"] if checkpoint else 0),
+        batches=batches_of(
+            recipe,
+            shards,
+            world,
+            num_classes=network.get("num_classes", 0),
+            folder=folder,
+            state=checkpoint.state if checkpoint else {},
+        ),
         learning_rate=lambda step: learning_rate(recipe.optimizer, step, num_steps=recipe.training.steps),
     )
     if checkpoint:
         restore(run, checkpoint)
     if recipe.objective.tangent.startswith("forward"):
-        check_tangent(strategy, task, next(ordered(shards, 8)))
+        check_tangent(strategy, task, first_batch(shards, 8))
     world.first(lambda: _write_run_files(recipe, network, folder))
     return run
 
@@ -112,14 +127,21 @@ def check_inputs(recipe: Recipe) -> None:
     model, network = _model(recipe)
     check_data(model, network, shards)
     check_compatibility(recipe, model)
-    _teacher(recipe.teacher, shards, torch.device("cpu"), shard=None)
+    _teacher(recipe, model, shards, torch.device("cpu"), shard=None)
+    if recipe.evaluation is not None:
+        from .validation import gallery_of, held_out_of
+
+        held_out = held_out_of(recipe, model, network, shards)
+        gallery_of(recipe, model, shards, held_out, device=torch.device("cpu"))
 
 
 def make_network(settings: dict[str, Any]) -> nn.Module:
     """Return the model of a network's settings, newly initialised: a flow map, or another kind as it is."""
     name, arguments = split_name(settings, place="model")
+    means = arguments.pop("means", None)
     network = plugin_class(NETWORKS, name, place="model")
-    return FlowMap(network(**arguments)) if network_kind(network) == "flow_map" else network(**arguments)
+    made = network(**arguments)
+    return flow_of(made, means) if network_kind(network) == "flow_map" else made
 
 
 def load_model(folder: Path, *, weights: str = "ema") -> nn.Module:
@@ -127,13 +149,26 @@ def load_model(folder: Path, *, weights: str = "ema") -> nn.Module:
 
     Raises ConfigError where the folder is no run, CheckpointError where it has no checkpoint yet.
     """
-    network = settings_of_run(folder)
+    return _loaded(make_network(settings_of_run(folder)), folder, weights=weights)
+
+
+def _loaded(model: nn.Module, folder: Path, *, weights: str = "ema") -> nn.Module:
+    """Return a model with the weights of a run."""
     checkpoint = newest(folder)
     if checkpoint is None:
         raise CheckpointError(f"{folder} has no checkpoint yet; train it first")
-    model = make_network(network)
     load_weights(model, checkpoint.weights(weights), source=checkpoint.folder)
     return model.eval().requires_grad_(False)
+
+
+def load_flow_map(folder: Path) -> FlowMap:
+    """Return the flow map, or the velocity network, of a run; ConfigError where it holds another kind."""
+    model = load_model(folder)
+    if not isinstance(model, FlowMap):
+        raise ConfigError(
+            f"{folder} holds no flow map or velocity network; give a run of a generative objective"
+        )
+    return model
 
 
 def run_recipe(folder: Path) -> dict[str, Any]:
@@ -144,15 +179,6 @@ def run_recipe(folder: Path) -> dict[str, Any]:
 def shards_of_run(folder: Path) -> ShardSet:
     """Return the shard set that a run was trained on."""
     return checked(DataSection, run_recipe(folder)["data"], place="data").open()
-
-
-def guided(model: FlowMap, scale: float, *, interval: tuple[float, float] = (0.0, 1.0)) -> Velocity:
-    """Return a model's velocity under classifier-free guidance; scale 1 is the model itself."""
-    if scale == 1:
-        return model
-    if model.null_condition is None:
-        raise ConfigError(f"guidance {scale} needs a class-conditional model; this one has no classes")
-    return Guided(model, scale, null_condition=model.null_condition, interval=interval)
 
 
 def settings_of_run(folder: Path) -> dict[str, Any]:
@@ -174,20 +200,25 @@ def _model(recipe: Recipe) -> tuple[nn.Module, dict[str, Any]]:
     """Return the model to train and its network's settings."""
     if "from_run" in recipe.model:
         source = Path(recipe.model["from_run"])
-        return load_model(source).train().requires_grad_(True), settings_of_run(source)
+        network = settings_of_run(source)
+        network["means"] = meaning_after(network.get("means"), recipe.objective, source=source)
+        return _loaded(make_network(network), source).train().requires_grad_(True), network
+    network = {**recipe.model, "means": meaning_of(recipe.objective)}
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        return make_network(recipe.model), recipe.model
+        return make_network(network), network
 
 
 def _teacher(
-    section: TeacherSection | None,
+    recipe: Recipe,
+    student: nn.Module,
     shards: ShardSet,
     device: torch.device,
     *,
     shard: Callable[[nn.Module], None] | None,
 ) -> tuple[Velocity | None, str | None]:
     """Return the velocity that teaches and the fingerprint of its weights."""
+    section = recipe.teacher
     if section is None:
         return None, None
     model = load_model(section.run, weights=section.weights).to(device)
@@ -196,43 +227,20 @@ def _teacher(
             f"teacher.run: {section.run} holds no flow map; give a run of a generative objective"
         )
     check_data(model, settings_of_run(section.run), shards, name=f"the teacher {section.run}")
+    check_teacher(model, run_recipe(section.run), shards)
     weights = fingerprint(model)
     if section.precision == "bf16":
         model = model.bfloat16()
     if section.shard and shard is not None:
         shard(model.backbone)
-    velocity = guided(model, section.guidance, interval=section.guidance_interval)
-    return InBf16(velocity) if section.precision == "bf16" else velocity, weights
-
-
-def check_data(
-    model: nn.Module, network: dict[str, Any], shards: ShardSet, *, name: str = "the model"
-) -> None:
-    """Raise ConfigError where samples or classes do not fit a network; messages call it `name`."""
-    first = next(ordered(shards, 1))
-    shape = tuple(first["mean" if "mean" in first else "data"].shape[1:])
-    channels = network.get("in_channels", network.get("channels"))
-    if isinstance(model, FlowMap):
-        fits, expected = shape == model.sample_shape, model.sample_shape
-    else:
-        fits, expected = channels is None or (len(shape), shape[0]) == (3, channels), f"({channels}, H, W)"
-    if not fits:
-        raise ConfigError(
-            f"{name} takes samples of shape {expected}, but {Reader(shards, extensions=()).read(0).name} in "
-            f"{shards.folder} has shape {shape}; change the model section to fit, or give other data.shards"
-        )
-    num_classes = network.get("num_classes", 0)
-    if num_classes and not shards.labels:
-        raise ConfigError(
-            f"{name} has num_classes {num_classes}, but {shards.folder} holds no class labels (.cls); "
-            "set it to 0, or give data.shards with labels"
-        )
-    outside = [label for label in shards.labels if num_classes and not 0 <= label < num_classes]
-    if outside:
-        raise ConfigError(
-            f"{name} has num_classes {num_classes}, but {shards.folder} holds the class {outside[-1]}; "
-            f"classes are counted from 0, so set it to {max(shards.labels) + 1} or more"
-        )
+    velocity = guided(
+        model, section.guidance, interval=section.guidance_interval, rescale=section.guidance_rescale
+    )
+    if section.precision == "bf16":
+        velocity = InBf16(velocity)
+    if isinstance(student, FlowMap) and student.path != model.path:
+        velocity = Along(velocity, model.path, student.path)
+    return velocity, weights
 
 
 def _check_recipe(recipe: Recipe, folder: Path) -> None:

@@ -5,7 +5,7 @@ RUN/checkpoints/step-00001234/ holds, of every process (see pieces.py),
     ema-*.safetensors        their running means, a file more for each mean more
     optimizer-*.safetensors  both Adam moments of every parameter, by name
 and once
-    state.json      step, position in the data stream, counters, lineage (seed, data, teacher)
+    state.json      step, position in the data stream, counters, lineage (seed, data, teacher), bad samples
     manifest.json   size and sha256 of every file above; a folder without a matching one is not a checkpoint
 No generator states: randomness is keyed (seeds.py). The files say nothing of the strategy, so any number of
 processes goes on from them under any strategy. saver.py writes them.

@@ -37,8 +37,9 @@ from ..data.batch import ordered
 from ..models.flow_map import FlowMap
 from ..models.path import expand
 from .blocks import blocks
-from .build import guided, make_network, settings_of_run
+from .build import make_network, settings_of_run
 from .ema import kinds_of
+from .guiding import guided
 from .objective import Batch
 from .recipe import Ddp, Fsdp, Recipe, Zero
 from .seeds import Random
@@ -179,7 +180,8 @@ class _Notes(nn.Module):
     def __init__(self, network: FlowMap, calls: Counter[Evaluation], *, teacher: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()), requires_grad=not teacher)
-        self.sample_shape, self.null_label = network.sample_shape, network.null_condition
+        self.sample_shape = network.sample_shape
+        self.null_label = None if network.null_condition is None else 0  # a class stands for a caption, too
         self.calls, self.teacher = calls, teacher
 
     def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -200,10 +202,9 @@ def evaluations(recipe: Recipe) -> dict[Evaluation, float]:
         assert isinstance(taught_by, FlowMap)
         notes = FlowMap(_Notes(taught_by, calls, teacher=True))
         teacher = guided(notes, recipe.teacher.guidance, interval=recipe.teacher.guidance_interval)
-    labelled = network.null_condition is not None
     batch = Batch(
         torch.zeros(PROBED_SAMPLES, *(1 for _ in network.sample_shape)),
-        torch.zeros(PROBED_SAMPLES, dtype=torch.long) if labelled else None,
+        None if network.null_condition is None else torch.zeros(PROBED_SAMPLES, dtype=torch.long),
         Random(recipe.seed, torch.arange(PROBED_SAMPLES)),
     )
     recipe.objective(FlowMap(_Notes(network, calls, teacher=False)), batch, teacher)
@@ -257,8 +258,7 @@ def _evaluation_loss(evaluation: Evaluation, model: nn.Module) -> Loss:
 
     def loss(batch: int) -> Tensor:
         x, s, t = torch.zeros(batch, *model.sample_shape), torch.ones(batch), torch.zeros(batch)
-        condition = None if model.null_condition is None else torch.zeros(batch, dtype=torch.long)
-        velocity = partial(model.mean_velocity, x, s, condition=condition)
+        velocity = partial(model.mean_velocity, x, s, condition=model.any_condition(batch))
         with torch.set_grad_enabled(evaluation.gradient):
             outputs = time_derivative(velocity, t, how="forward") if evaluation.tangent else [velocity(t)]
             return torch.stack([output.float().square().mean() for output in outputs]).sum()

@@ -1,197 +1,214 @@
 """Quality against number of network evaluations, held to the floor that the autoencoder and the sample set.
 
 A table says what its features are, how many pictures it compares and what it can see at all:
-    self             held-out pictures against as many of the training split: what chance alone gives
-    reconstruction   held-out pictures against their reconstructions: what the autoencoder alone loses
+    self             as many of the training split as held-out pictures: what chance alone gives
+    reconstruction   reconstructions of the held-out pictures: what the autoencoder alone loses
 A metric that does not tell the teacher's single step from its many steps is blind, and is said to be.
+
+Pictures pass batch by batch through all samplers and are forgotten; processes share the batches, and what a
+batch holds does not depend on their number.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
-from scipy import linalg
 from torch import Tensor
 
-from ..data.batch import ordered
-from ..data.shards import ShardSet
-from ..models.autoencoder import decode, decode_latents, encode_moments
-from ..models.backbones.convnet import ConvNet
+from ..models.autoencoder import decode_latents
+from ..models.condition import Condition
 from ..models.flow_map import FlowMap, Velocity
-from ..models.sampler import euler, heun, jump, time_grid
-from .checkpoint import fingerprint
+from ..models.samplers import euler, heun, jump, time_grid
+from .config import ConfigError
+from .judge import MOST_KEPT, Meter, Seen
+from .metrics.blindness import blind_metrics
+from .metrics.frechet import frechet_distance
+from .metrics.neighbours import NEIGHBOURS
+from .references import Part, References, key_of, reconstruct
 from .seeds import Random
+from .world import World
 
-Sampler = Callable[[Tensor, Tensor], Tensor]  # (noise, labels) -> latents
+Sampler = Callable[[Tensor, Condition | None], Tensor]  # (noise, condition) -> latents
+SHOWN = 40  # pictures of a grid
 
 
 @dataclass(frozen=True)
+class Subject:
+    """What is evaluated: a teacher and a student from the same noise and the same conditions.
+
+    `condition` gives the conditions of samples by their numbers.
+    """
+
+    teacher: Velocity
+    student: FlowMap
+    condition: Callable[[np.ndarray], Condition | None]
+    nfe: list[int]
+    many: int
+    num_samples: int
+    seed: int
+
+
+@dataclass
 class Row:
-    """The quality of one model at one number of evaluations; a ratio is to the teacher's many-step value."""
+    """One model at one number of evaluations, and what was measured of it so far, on this process."""
 
     model: str
     sampler: str
     nfe: int
-    frechet: float
-    ratio: float
-    frechet_to_reconstructions: float
-    kernel: float
-    endpoint_error: float
-    class_accuracy: float
-    seconds_per_sample: float
-
-
-@dataclass(frozen=True)
-class Judge:
-    """What pictures are compared by: a classifier's features, real pictures, and an autoencoder."""
-
-    autoencoder: AutoencoderKL
-    probe: ConvNet
-    held_out: Tensor  # pictures (N, C, H, W) in [-1, 1]
-    labels: Tensor  # (N,)
-    training: Tensor  # as many pictures of the training split
-    features_name: str
-
-    @torch.no_grad()
-    def features(self, pictures: Tensor) -> np.ndarray:
-        """Return features (N, F) in float64."""
-        return torch.cat([self.probe.features(part) for part in pictures.split(256)]).double().cpu().numpy()
-
-    @torch.no_grad()
-    def accuracy(self, pictures: Tensor) -> float:
-        """Return the share of pictures that the probe gives their label."""
-        scores = torch.cat([self.probe(part) for part in pictures.split(256)])
-        return (scores.argmax(1) == self.labels).float().mean().item()
-
-    def reconstructions(self) -> Tensor:
-        """Return the held-out pictures after the autoencoder, by their posterior means."""
-        parts = [encode_moments(self.autoencoder, part)[0] for part in self.held_out.split(256)]
-        return torch.cat([decode(self.autoencoder, part) for part in parts]).clamp(-1, 1)
-
-
-def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Return |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two sets of features (N, F).
-
-    Source: Dowson and Landau, 1982, eq. 4; for pictures: Heusel et al., 2017, eq. 6.
-    """
-    mean_gap = first.mean(0) - second.mean(0)
-    one, two = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
-    root = linalg.sqrtm(one)
-    cross = linalg.eigvalsh(np.real(root @ two @ root)).clip(0)
-    return float(mean_gap @ mean_gap + np.trace(one) + np.trace(two) - 2 * np.sqrt(cross).sum())
-
-
-def kernel_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Return the unbiased squared maximum mean discrepancy with the kernel (x.y / F + 1)^3.
-
-    Source: Binkowski et al., "Demystifying MMD GANs", 2018, section 4.
-    """
-
-    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    def within(x: np.ndarray) -> float:
-        values = kernel(x, x)
-        return (values.sum() - np.trace(values)) / (len(x) * (len(x) - 1))
-
-    return float(within(first) + within(second) - 2 * kernel(first, second).mean())
+    sample: Sampler
+    meter: Meter
+    squares: float = 0.0  # of the distances to the end points of the first row
+    seconds: float = 0.0
+    shown: Tensor | None = None  # the first pictures, on the process that made them
 
 
 def samplers(
-    teacher: Velocity, student: FlowMap, nfe: list[int], many: int
+    teacher: Velocity, student: FlowMap, nfe: list[int], many: int, *, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[str, str, int, Sampler]]:
-    """Yield (model, sampler, nfe, function) of every row: the teacher at `many` first, then each nfe of both.
+    """Yield (model, sampler, nfe, function) of every row: first the teacher at `many`, then each nfe.
 
-    A guided teacher costs two evaluations a velocity; a row whose nfe it cannot meet exactly is left out.
+    A guided teacher costs two evaluations a velocity; a row whose nfe it cannot meet exactly is left out. Its
+    single step is always there: by it metrics show that they see.
     """
     cost = getattr(teacher, "evaluations", 1)
-    fine = time_grid(many // (2 * cost))
-    yield "teacher", "heun", many, lambda noise, labels: heun(teacher, noise, grid=fine, condition=labels)
-    for count in nfe:
+    yield "teacher", "heun", many, _bound(heun, teacher, many // (2 * cost), device)
+    for count in sorted({cost, *nfe}):
         if count % cost == 0:
-            coarse = time_grid(count // cost)
-            yield "teacher", "euler", count, _bound(euler, teacher, coarse)
+            yield "teacher", "euler", count, _bound(euler, teacher, count // cost, device)
     for count in nfe:
-        yield "student", "jump", count, _bound(jump, student, time_grid(count))
+        yield "student", "jump", count, _bound(jump, student, count, device)
 
 
-def _bound(sampler: Callable[..., Tensor], model: Any, grid: Tensor) -> Sampler:
-    return lambda noise, labels: sampler(model, noise, grid=grid, condition=labels)
+def _bound(sampler: Callable[..., Tensor], model: Any, num_steps: int, device: torch.device | str) -> Sampler:
+    grid = time_grid(num_steps, device=device)
+    return lambda noise, condition: sampler(model, noise, grid=grid, condition=condition)
 
 
 def evaluate(
-    judge: Judge, teacher: Velocity, student: FlowMap, *, noise: Tensor, nfe: list[int], many: int
+    subject: Subject, references: References, *, held_out: Part, training: Part
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the evaluation as JSON-ready values, and the pictures of every row by `model-nfe-..` names.
+    """Return the evaluation as JSON-ready values, and the first pictures of every row by its name.
 
-    `noise` (N, c, h, w) starts every sampler; N is the number of held-out pictures, whose labels are used.
+    Every process must call; all get the evaluation, the first one gets the pictures.
     """
-    real, reconstructed = judge.features(judge.held_out), judge.features(judge.reconstructions())
-    floor = {
-        "self": frechet_distance(real, judge.features(judge.training)),
-        "reconstruction": frechet_distance(real, reconstructed),
+    judge, world = references.judge, references.dealer.world
+    real, other = references.seen(held_out), references.seen(training)
+    restored = references.seen(held_out, reconstructed=True) if references.autoencoder else None
+    named = samplers(subject.teacher, subject.student, subject.nfe, subject.many, device=world.device)
+    rows = [Row(*each, Meter(judge, subject.num_samples)) for each in named]
+    for numbers in references.dealer(subject.num_samples):
+        _sample(subject, references, held_out, numbers, rows)
+    floor = {"self": other} | ({"reconstruction": restored} if restored else {})
+    table = _table(subject, rows, real, floor, world)
+    told = {
+        "features": judge.features.name,
+        "features_hash": judge.features.hash,
+        "judge": judge.hash,
+        "num_samples": subject.num_samples,
+        "num_references": held_out.size,
+        "many_nfe": subject.many,
+        "seed": subject.seed,
+        "autoencoder": references.autoencoder_hash,
+        "reference": held_out.shards.fingerprint,
+        "reference_statistics": key_of(references.about(held_out)),
     }
-    rows: list[Row] = []
-    pictures: dict[str, Tensor] = {}
-    end_points = best = None
-    for model, sampler, count, sample in samplers(teacher, student, nfe, many):
+    return told | table, _shown(rows, references, held_out) if world.rank == 0 else {}
+
+
+def _sample(
+    subject: Subject, references: References, held_out: Part, numbers: np.ndarray, rows: list[Row]
+) -> None:
+    """Sample these numbers by every row, and show the pictures to its meter."""
+    device = references.dealer.world.device
+    index = torch.from_numpy(numbers).to(device)
+    noise = noise_of(index, subject.student.sample_shape, seed=subject.seed)
+    condition = subject.condition(numbers)
+    prompts = held_out.prompts(numbers, references.judge, device)
+    ends = None
+    for row in rows:
         began = time.perf_counter()
-        latents = torch.cat(
-            [sample(*parts) for parts in zip(noise.split(250), judge.labels.split(250), strict=True)]
+        latents = row.sample(noise, condition)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        row.seconds += time.perf_counter() - began
+        ends = latents if ends is None else ends
+        row.squares += (latents - ends).double().square().flatten(1).mean(1).sum().item()
+        pictures = latents.clamp(-1, 1)
+        if references.autoencoder is not None:
+            pictures = decode_latents(references.autoencoder, latents)
+        _check_size(pictures, held_out)
+        row.meter.update(pictures, numbers, prompts)
+        if numbers[0] == 0:
+            row.shown = pictures[:SHOWN].cpu()
+
+
+def _table(
+    subject: Subject, rows: list[Row], real: Seen, floor: dict[str, Seen], world: World
+) -> dict[str, Any]:
+    """Return rows, floors, and the names of blind metrics; every process must call."""
+    totals = world.total(torch.tensor([[row.squares, row.seconds] for row in rows], dtype=torch.float64))
+    values = [_values(row, real, floor, world, seed=subject.seed) for row in rows]
+    chance = world.first(
+        lambda: {name: seen.compared(real, seed=subject.seed) for name, seen in floor.items()}
+    )
+    chance["self"] |= real.answers  # of the training split a probe has been told
+    single = next(place for place, row in enumerate(rows) if row.sampler == "euler")
+    compared = min(MOST_KEPT, subject.num_samples, len(real.points))
+    blind = blind_metrics(values[single], values[0], chance=chance["self"], num_samples=compared)
+    told = []
+    for row, value, (squares, seconds) in zip(rows, values, totals.tolist(), strict=True):
+        about: dict[str, Any] = {"model": row.model, "sampler": row.sampler, "nfe": row.nfe}
+        about["frechet"] = value["frechet"]
+        about["ratio"] = None if "frechet" in blind else value["frechet"] / values[0]["frechet"]
+        rest = {"endpoint_error": math.sqrt(squares / subject.num_samples)}
+        rest["seconds_per_sample"] = seconds / subject.num_samples
+        told.append(about | value | rest)
+    return {"num_compared": compared, "neighbours": NEIGHBOURS, "floor": chance, "blind": blind, "rows": told}
+
+
+def _values(row: Row, real: Seen, floor: dict[str, Seen], world: World, *, seed: int) -> dict[str, float]:
+    """Return every metric of a row, computed by the first process; what was seen of it is let go."""
+    seen = row.meter.seen(world)
+
+    def compared() -> dict[str, float]:
+        values = seen.compared(real, seed=seed)
+        if "reconstruction" in floor:
+            distance = frechet_distance(seen.moments, floor["reconstruction"].moments)
+            values["frechet_to_reconstructions"] = distance
+        return values
+
+    return world.first(compared)
+
+
+def _check_size(pictures: Tensor, held_out: Part) -> None:
+    """Raise ConfigError where a network that resizes would hide that pictures have different sizes."""
+    if pictures.shape[1:] != held_out.shape:
+        raise ConfigError(
+            f"the model makes pictures of shape {tuple(pictures.shape[1:])}, those of "
+            f"{held_out.shards.folder} have {tuple(held_out.shape)}; give held-out pictures of the same size"
         )
-        seconds = (time.perf_counter() - began) / len(noise)
-        decoded = decode_latents(judge.autoencoder, latents)
-        features = judge.features(decoded)
-        distance = frechet_distance(features, real)
-        if end_points is None:
-            end_points, best = latents, distance
-        assert best is not None
-        rows.append(
-            Row(
-                model=model,
-                sampler=sampler,
-                nfe=count,
-                frechet=distance,
-                ratio=distance / best,
-                frechet_to_reconstructions=frechet_distance(features, reconstructed),
-                kernel=kernel_distance(features, real),
-                endpoint_error=(latents - end_points).square().mean().sqrt().item(),
-                class_accuracy=judge.accuracy(decoded),
-                seconds_per_sample=seconds,
-            )
-        )
-        pictures[f"{model}-nfe-{count:03d}"] = decoded
-    return _summary(judge, rows, floor, many), pictures
 
 
-def _summary(judge: Judge, rows: list[Row], floor: dict[str, float], many: int) -> dict[str, Any]:
-    single = next(row for row in rows if row.model == "teacher" and row.nfe < many)
-    return {
-        "features": judge.features_name,
-        "num_samples": len(judge.held_out),
-        "many_nfe": many,
-        "floor": floor,
-        "sees": single.ratio >= 2,
-        "autoencoder": fingerprint(judge.autoencoder),
-        "rows": [asdict(row) for row in rows],
-    }
+def _shown(rows: list[Row], references: References, held_out: Part) -> dict[str, Tensor]:
+    """Return the first pictures of every row, and the held-out ones beside them."""
+    named = {f"{row.model}-nfe-{row.nfe:03d}": row.shown for row in rows if row.shown is not None}
+    most = max(map(len, named.values()))
+    named["held-out"] = real = held_out.pictures(np.arange(min(most, held_out.size)))
+    if references.autoencoder is not None:
+        device = references.dealer.world.device
+        named["reconstructions"] = reconstruct(references.autoencoder, real.to(device)).cpu()
+    return named
 
 
-def pictures_of(shards: ShardSet, count: int) -> tuple[Tensor, Tensor]:
-    """Return the first `count` pictures of a data set and their labels."""
-    batches = []
-    for batch in ordered(shards, 256):
-        batches.append(batch)
-        if sum(len(each["index"]) for each in batches) >= count:
-            break
-    data = torch.cat([batch["data"] for batch in batches])[:count]
-    return data, torch.cat([batch["label"] for batch in batches])[:count]
+def noise_of(numbers: Tensor, shape: tuple[int, ...], *, seed: int) -> Tensor:
+    """Return the noise (B, *shape) of the samples with these numbers, whatever process draws them."""
+    return Random(seed, numbers).normal("sample", shape)
 
 
 def sample_noise(count: int, shape: tuple[int, ...], *, seed: int) -> Tensor:
-    """Return the noise (count, *shape) of samples 0 .. count - 1, whatever process draws them."""
-    return Random(seed, torch.arange(count)).normal("sample", shape)
+    """Return the noise (count, *shape) of samples 0 .. count - 1."""
+    return noise_of(torch.arange(count), shape, seed=seed)

@@ -6,20 +6,24 @@ A step whose averaged gradient is not finite changes no weights (strategy.py). T
     rollback   weights, moments and means go back to the last checkpoint, and the run goes on with the next
                batch: the data that led here is not seen again
 An incident is a line of RUN/incidents.jsonl: step, samples with their times, norms by block. A loss that
-jumps above what the last lines of the log say is told there, too, with a warning.
+jumps above what the last lines of the log say is told there, too, with a warning, and so is each sample that
+cannot be used, where `data.max_bad_fraction` lets a run go on without it.
 """
 
-import json
 import math
 import statistics
 from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..data.faults import Fault
 from .checkpoint import newest, restore_weights
-from .log import warn
+from .log import incidents, warn, write_incident
 from .loop import Run
 from .saver import Saver
 
@@ -64,7 +68,7 @@ class Guard:
             "weight_norms": _norms_by_block(run, {f.name: f.value for f in run.strategy.fragments}),
             "gradient_norms": _norms_by_block(run, run.strategy.bad_gradients),
         }
-        world.first(lambda: _write(run, incident))
+        world.first(lambda: write_incident(run.folder, incident))
         self._saver.finish(run)  # what was good is not lost, and which checkpoint is the last is no chance
         if policy == "raise" or self._in_a_row > MAX_IN_A_ROW:
             raise FloatingPointError(_message(run, incident, in_a_row=self._in_a_row))
@@ -103,8 +107,27 @@ class Guard:
         self._losses.append(loss)
         if loss > factor * usual and run.strategy.world.rank == 0:
             incident = {"step": run.step, "kind": "spike", "loss": loss, "usual_loss": usual}
-            _write(run, incident)
+            write_incident(run.folder, incident)
             warn(f"the loss jumped to {loss:.4g} before step {run.step}; its usual value is {usual:.4g}")
+
+
+def tells_bad_samples(folder: Path, *, batch_size: int) -> Callable[[list[Fault], bool], None]:
+    """Return what tells of bad samples; not of those again that a process which ended has told.
+
+    Where the run stops, its error says it and no warning is given.
+    """
+    told = {line["sample"] for line in incidents(folder) if line["kind"] == "bad sample"}
+
+    def tell(faults: list[Fault], stops: bool) -> None:
+        new = [fault for fault in faults if fault.sample not in told]
+        for fault in new:
+            step = fault.position // batch_size + 1
+            write_incident(folder, {"step": step, "kind": "bad sample", **asdict(fault)})
+        if new and not stops:
+            more = f", and {len(new) - 1} more" if len(new) > 1 else ""
+            warn(f"a sample cannot be used, and another one takes its place: {new[0].name}{more}")
+
+    return tell
 
 
 def _keys_of_step(run: Run) -> list[str]:
@@ -150,8 +173,3 @@ def _message(run: Run, incident: dict[str, Any], *, in_a_row: int) -> str:
         f"disk are intact, {run.folder / 'incidents.jsonl'} tells more; look at these samples, lower "
         "optimizer.lr, set optimizer.clip_norm, or set training.non_finite to skip or rollback"
     )
-
-
-def _write(run: Run, incident: dict[str, Any]) -> None:
-    with (run.folder / "incidents.jsonl").open("a") as stream:
-        stream.write(json.dumps(incident) + "\n")

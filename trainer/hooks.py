@@ -19,8 +19,8 @@ def update_ema(run: Run, losses: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def stop_at_signals(run: Run) -> Iterator[Hook]:
-    """Yield a hook that ends the run after the step in which SIGINT or SIGTERM came to any process.
+def signals_received() -> Iterator[list[int]]:
+    """Yield a list that grows by SIGINT or SIGTERM instead of what these signals would do.
 
     A second signal interrupts at once, also where a shell started the run with signals ignored. Outside the
     main thread, where Python allows no handlers, signals do what they did before.
@@ -34,17 +34,25 @@ def stop_at_signals(run: Run) -> Iterator[Hook]:
         received.append(number)
         signal.signal(number, signal.default_int_handler)
 
-    def agree(run: Run, losses: dict[str, Tensor]) -> None:
-        if run.strategy.stepped:
-            run.stop_asked = run.strategy.world.any(bool(received))
-
     for number in before:
         signal.signal(number, remember)
     try:
-        yield agree
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def stop_at_signals(run: Run) -> Iterator[Hook]:
+    """Yield a hook that ends the run after the step in which a signal to stop came to any process."""
+    with signals_received() as run.signals:
+
+        def agree(run: Run, losses: dict[str, Tensor]) -> None:
+            if run.strategy.stepped:
+                run.stop_asked = run.strategy.world.any(bool(run.signals))
+
+        yield agree
 
 
 @contextmanager

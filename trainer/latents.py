@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..data.decode import floats
+from ..models.condition import Condition, Text
 from .objective import Batch
 from .seeds import Random
 
@@ -32,11 +33,22 @@ class Preparation:
         return cls(seed, device, latents.get("scaling_factor", 1.0), latents.get("shift_factor", 0.0))
 
     def __call__(self, samples: dict[str, Tensor]) -> Batch:
-        """Return the batch of `data`, or `mean` and `std`, (B, ...), `index` (B,) and maybe `label` (B,)."""
+        """Return the batch of `data`, or `mean` and `std`, (B, ...), and `index` (B,).
+
+        Its condition is `text` (B, L, D) with `text_mask` (B, L), or `label` (B,).
+        """
         moved = {name: value.to(self.device, non_blocking=True) for name, value in samples.items()}
         random = Random(self.seed, moved["index"])
+        condition = condition_of(moved)
         if "mean" not in moved:
-            return Batch(floats(moved["data"]), moved.get("label"), random)
+            return Batch(floats(moved["data"]), condition, random)
         mean = floats(moved["mean"])
         drawn = mean + floats(moved["std"]) * random.normal("posterior", tuple(mean.shape[1:]))
-        return Batch((drawn - self.shift_factor) * self.scaling_factor, moved.get("label"), random)
+        return Batch((drawn - self.shift_factor) * self.scaling_factor, condition, random)
+
+
+def condition_of(samples: dict[str, Tensor]) -> Condition | None:
+    """Return what labels loaded samples: captions, or classes, or nothing."""
+    if "text" in samples:
+        return Text(floats(samples["text"]), samples["text_mask"])
+    return samples.get("label")

@@ -28,6 +28,7 @@ from .loop import Run
 from .world import World
 
 NUM_TIME_BINS = 5
+_INCIDENTS = "incidents.jsonl"
 # By the name that CUDA gives: NVIDIA's data sheets of these GPUs, where they say "with sparsity" half of it.
 PEAK_TFLOPS = {
     r"\bA100\b": 312.0,
@@ -120,7 +121,7 @@ class Journal:
             **self._rates(run, (run.step - self.step) * run.recipe.data.batch_size / elapsed),
             "data_wait_percent": 100 * (run.batches.wait_s - self.waited_s) / elapsed,
             "time_s": time.monotonic() - self.started,
-            **{f"data_{name}": count for name, count in run.batches.reader_stats.items()},  # of an address
+            **{f"data_{name}": count for name, count in run.batches.reader_stats.items()},
         }
         self._mark(run)
         run.strategy.world.first(lambda: self._write(run, values))
@@ -211,6 +212,18 @@ def _append(file: Path, data: bytes) -> None:
             f"cannot write {file}: {error.strerror}; checkpoints on disk are intact. "
             "Make room or mend the folder, then give the same command: the run goes on from the last one",
         ) from error
+
+
+def write_incident(folder: Path, incident: dict[str, Any]) -> None:
+    """Add a line to the incidents of a run."""
+    _append(folder / _INCIDENTS, f"{json.dumps(incident)}\n".encode())
+
+
+def incidents(folder: Path) -> list[dict[str, Any]]:
+    """Return the incidents of a run so far."""
+    _end_last_line(folder / _INCIDENTS)
+    file = folder / _INCIDENTS
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def warn(text: str) -> None:

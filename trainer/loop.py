@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batch import Batches
 from ..data.shards import ShardSet
 from ..models.flow_map import Velocity
 from .ema import Ema
+from .faults import AgreedBatches
 from .latents import Preparation
 from .objective import Objective
 from .recipe import Recipe
@@ -65,11 +65,12 @@ class Run:
     ema: Ema
     shards: ShardSet
     lineage: dict[str, Any]  # what a resumed run must share: seed, data set, teacher
-    batches: Batches
+    batches: AgreedBatches
     learning_rate: Callable[[int], float]
     hooks: list[Hook] = field(default_factory=list)
     step: int = 0
     stop_asked: bool = False
+    signals: list[int] = field(default_factory=list)  # to stop, that have come to this process
     latest: dict[str, float] = field(default_factory=dict)  # the last logged values
 
     @property

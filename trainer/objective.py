@@ -17,38 +17,40 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
+from ..models.condition import Condition, Nothing, silenced, take
 from ..models.flow_map import FlowMap, Velocity
 from ..models.path import Linear, Path, Trig
+from ..models.schedule import Cosine, LinearBetas, ScaledLinearBetas
 from .seeds import Random
 
 STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 Tangent = Literal["none", "finite_difference", "forward", "forward_with_gradient"]
-Paths = Annotated[Linear | Trig, Field(discriminator="name")]
+Paths = Annotated[Linear | Trig | LinearBetas | ScaledLinearBetas | Cosine, Field(discriminator="name")]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples on the model's device: `data` (B, ...), labels `condition` (B,) or None, their randomness."""
+    """Samples on the model's device: `data` (B, ...), their classes or captions, their randomness."""
 
     data: Tensor
-    condition: Tensor | None
+    condition: Condition | None
     random: Random
 
     def noise(self) -> Tensor:
         """Return the noise (B, ...) that belongs to the data."""
         return self.random.normal("noise", tuple(self.data.shape[1:])).to(self.data.dtype)
 
-    def with_condition_dropped(self, share: float, *, null: int | None) -> "Batch":
-        """Return the batch with a share of its labels replaced by the null label."""
+    def with_condition_dropped(self, share: float, *, null: Nothing | None) -> "Batch":
+        """Return the batch with a share of its conditions replaced by the one that says nothing."""
         if share == 0 or self.condition is None or null is None:
             return self
         dropped = self.random.uniform("condition dropout") < share
-        return Batch(self.data, torch.where(dropped, null, self.condition), self.random)
+        return Batch(self.data, silenced(self.condition, dropped, nothing=null), self.random)
 
     def take(self, rows: Tensor) -> "Batch":
         """Return the samples at `rows` (a mask or indices), with their own randomness."""
-        condition = None if self.condition is None else self.condition[rows]
-        return Batch(self.data[rows], condition, Random(self.random.seed, self.random.index[rows]))
+        random = Random(self.random.seed, self.random.index[rows])
+        return Batch(self.data[rows], take(self.condition, rows), random)
 
 
 class Objective(Protocol):

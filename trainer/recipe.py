@@ -8,7 +8,6 @@ from pydantic import AfterValidator, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
 from ..data.remote import place_of
-from ..data.shards import ShardSet
 from ..models import backbones
 from ..models.layers import Attention
 from . import objectives
@@ -21,40 +20,15 @@ from .config import (
     refuse_unknown_keys,
     split_name,
 )
+from .data_section import DataSection, Positive
 from .objective import STRICT, Objective
 
 OBJECTIVES = objectives.__name__
 NETWORKS = backbones.__name__
 
-Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 MAX_WIDTH = 0.28  # of a power mean: at 12^-1/2 = 0.289 all steps count the same
-
-
-@dataclass(frozen=True, config=STRICT)
-class DataSection:
-    """Where the samples come from. `batch_size` is the global batch of one optimizer step.
-
-    `shards` is a folder or an address such as http://host/dir; the shards of an address are kept in the
-    folder `cache`, at most `cache_bytes` of them.
-    """
-
-    shards: Annotated[str | Path, AfterValidator(place_of)]
-    batch_size: Positive
-    window: Annotated[int, Field(ge=0)] = 0  # shards shuffled together; 0: all
-    cache: Path | None = None  # None: $DRIFTMAP_CACHE, or a folder for temporary files
-    cache_bytes: Positive | None = None  # None: $DRIFTMAP_CACHE_BYTES, or half of the free space
-
-    def open(self) -> ShardSet:
-        """Return the shard set; ValueError or OSError where it is none, or not there."""
-        return ShardSet.open(self.shards, cache=self.cache, cache_bytes=self.cache_bytes)
-
-    @model_validator(mode="after")
-    def _has_effect(self) -> Self:
-        if isinstance(self.shards, Path) and not (self.cache is None and self.cache_bytes is None):
-            raise ValueError("cache and cache_bytes have no effect on shards in a local folder; remove them")
-        return self
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -67,6 +41,7 @@ class TeacherSection:
     shard: bool = False  # among the processes of strategy fsdp, as the student is; else every one holds it
     guidance: Annotated[float, Field(ge=0)] = 1.0
     guidance_interval: tuple[Share, Share] = (0.0, 1.0)
+    guidance_rescale: Share = 0.0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -135,6 +110,36 @@ class TrainingSection:
 
 
 @dataclass(frozen=True, config=STRICT)
+class EvaluationSection:
+    """Evaluation every `every` steps and at the end, see validation.py: the loss on `held_out` shards.
+
+    With `features`, named as in `driftmap evaluate`, samples are compared with the held-out pictures, which
+    stand in `pictures` where `held_out` are their latents. At most `num_samples` of either are used.
+    """
+
+    every: Positive
+    held_out: Annotated[str | Path, AfterValidator(place_of)]
+    num_samples: Annotated[int, Field(ge=10)] = 1000
+    batch_size: Positive = 64  # of one process
+    features: str | None = None
+    pictures: Annotated[str | Path, AfterValidator(place_of)] | None = None
+    nfe: Annotated[tuple[Positive, ...], Field(min_length=1)] = (4,)
+    guidance: Annotated[float, Field(ge=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        set_here = {"pictures": self.pictures is not None, "nfe": self.nfe != (4,)}
+        set_here["guidance"] = self.guidance != 1
+        useless = [name for name, given in set_here.items() if given]
+        if self.features is None and useless:
+            raise ValueError(f"{useless[0]} has no effect without features; name some, or remove it")
+        odd = [nfe for nfe in self.nfe if nfe % 2]
+        if self.guidance != 1 and odd:
+            raise ValueError(f"nfe {odd[0]} is odd, but each step of guided samples takes 2 evaluations")
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
 class Recipe:
     """A whole config. `model` and `objective` are plug-ins, `{name: ..., settings}`; see also `from_run`."""
 
@@ -145,6 +150,7 @@ class Recipe:
     training: TrainingSection
     teacher: TeacherSection | None = None
     ema: EmaSection = Field(default_factory=EmaSection)
+    evaluation: EvaluationSection | None = None
     strategy: Annotated[Ddp | Fsdp | Zero, Field(discriminator="name")] = Field(default_factory=Ddp)
     seed: Annotated[int, Field(ge=0)] = 0
 
@@ -192,12 +198,7 @@ def check_across_sections(recipe: Recipe) -> None:
             f"teacher.shard: a teacher is sharded as a student is, by fsdp; strategy.name is "
             f"{recipe.strategy.name!r}. Set it to fsdp, or teacher.shard to false"
         )
-    dropout = getattr(objective, "condition_dropout", 0)
-    if dropout and recipe.model.get("num_classes") == 0:
-        raise ConfigError(
-            f"objective.condition_dropout: {dropout} has no effect on a model without classes; "
-            "remove it, or set model.num_classes"
-        )
+    _check_condition(recipe)
     if recipe.data.batch_size % recipe.training.accumulation:
         raise ConfigError(
             f"training.accumulation: {recipe.training.accumulation} does not divide "
@@ -212,6 +213,22 @@ def check_across_sections(recipe: Recipe) -> None:
         raise ConfigError(
             f"optimizer.warmup_steps: {recipe.optimizer.warmup_steps} is not below "
             f"training.steps {recipe.training.steps}; the learning rate would never be reached"
+        )
+
+
+def _check_condition(recipe: Recipe) -> None:
+    """Raise ConfigError where what a model is conditioned on makes a setting useless."""
+    num_classes, text_width = recipe.model.get("num_classes"), recipe.model.get("text_width", 0)
+    dropout = getattr(recipe.objective, "condition_dropout", 0)
+    if dropout and num_classes == 0 and not text_width:
+        raise ConfigError(
+            f"objective.condition_dropout: {dropout} has no effect on a model without classes; "
+            "remove it, or set model.num_classes"
+        )
+    if num_classes and text_width:
+        raise ConfigError(
+            f"model.text_width: {text_width}, but model.num_classes is {num_classes}; a model is conditioned "
+            "on captions or on classes: set one of them to 0"
         )
 
 

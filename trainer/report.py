@@ -1,4 +1,4 @@
-"""A run folder as one HTML page: what was trained, how it went, how good it is, what it looks like.
+"""Run folders as one HTML page: what was trained, how it went, how good it is, what it looks like.
 
 It asks for nothing else (inline SVG, data URIs, no script), and the same input gives the same bytes. Names,
 captions and all else read from a folder are untrusted text and are escaped. `report.html` lays the page out.
@@ -10,57 +10,24 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
 import torch
 from markupsafe import Markup
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
 from PIL import Image
 from torch import Tensor
 
 from ..data.shards import write_atomically
+from .charts import COLOURS, CURVE_POINTS, MODELS, Line, Row, chart, means, number, points
+from .comparison import bin_charts, compared
+from .likelihood_tables import likelihoods
 
-Row = dict[str, Any]
-MODELS = ("teacher", "student")
 METRICS = ("frechet", "ratio", "kernel", "endpoint_error", "seconds_per_sample")
+ABOUT = ("model", "nfe", "sampler", "caption_gain_error")
 RUN_PARTS = ("recipe.yaml", "versions.json", "log.jsonl", "samples")
-CURVE_POINTS = 200
 GRID_GAP = 2  # pixels between two images of a grid, transparent so that they suit a light and a dark page
-
-# Variables of the page's style sheet, which says what they are in the light and in the dark. Matplotlib draws
-# with stand-ins for them: "#fd00" and a variable's place here, or "#fe00" and a time bin's place in percent.
-VARIABLES = ("ink-soft", "line", *MODELS, *(f"series-{place}" for place in range(6)))
-COLOURS = {name: f"#fd00{place:02}" for place, name in enumerate(VARIABLES)}
-CHART_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,  # a log key with a dollar sign is a name, not a formula
-    "font.size": 9.5,
-    "lines.linewidth": 1.4,
-    "axes.facecolor": "none",
-    "axes.edgecolor": COLOURS["line"],
-    "grid.color": COLOURS["line"],
-} | dict.fromkeys(("axes.labelcolor", "text.color", "xtick.color", "ytick.color"), COLOURS["ink-soft"])
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of a chart; one without x is a level that holds for every x."""
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
-    colour: str
-    style: str = "-"
-
-
-def number(value: Any) -> float:
-    """Give a value as a float, NaN for what is not a number."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
 def shown(value: Any) -> str:
@@ -71,12 +38,6 @@ def shown(value: Any) -> str:
     return f"{value:,.0f}" if grouped else f"{value:#.4g}".rstrip(".")
 
 
-def points(rows: Sequence[Row], x: str, y: str) -> tuple[list[float], list[float]]:
-    """Give the columns x and y of the rows that have both."""
-    both = [row for row in rows if x in row and y in row]
-    return [number(row[x]) for row in both], [number(row[y]) for row in both]
-
-
 def parse(text: bytes) -> Row | None:
     """Parse a JSON object, None for anything else."""
     try:
@@ -84,13 +45,6 @@ def parse(text: bytes) -> Row | None:
     except ValueError:
         return None
     return content if isinstance(content, dict) else None
-
-
-def means(column: Sequence[float]) -> list[float]:
-    """Give at most CURVE_POINTS means of equally many neighbours, which keeps a long noisy curve readable."""
-    width = -(-len(column) // CURVE_POINTS)
-    parts = [column[start : start + width] for start in range(0, len(column), width)]
-    return [sum(part) / len(part) for part in parts]
 
 
 def read_json(path: Path) -> Row:
@@ -128,14 +82,15 @@ def read_samples(folder: Path) -> dict[str, Any]:
     return {"columns": columns, "rows": rows, "others": others}
 
 
-def read_run(folder: Path) -> dict[str, Any]:
+def read_run(folder: Path, name: str, evaluation: Path | None) -> dict[str, Any]:
     """Read one run folder into what the page shows; raises ValueError for a folder that is no run."""
     if not any((folder / part).exists() for part in RUN_PARTS):
         raise ValueError(f"{folder} is no run, it has none of {RUN_PARTS}: name one `driftmap train` wrote")
     log, unreadable = read_log(folder / "log.jsonl")
-    recipe, versions = folder / "recipe.yaml", folder / "versions.json"
+    recipe, versions, bits = (folder / name for name in ("recipe.yaml", "versions.json", "likelihood.json"))
     return {
-        "name": folder.resolve().name,
+        "name": name,
+        "evaluation": read_evaluation(evaluation) if evaluation and evaluation.is_file() else None,
         "log": log,
         "unreadable": unreadable,
         "not_finite": sum(not math.isfinite(y) for y in points(log, "step", "loss")[1]),
@@ -143,6 +98,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         "samples": read_samples(folder / "samples"),
         "recipe": recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
         "versions": read_json(versions) if versions.is_file() else {},
+        "likelihood": read_json(bits) if bits.is_file() else {},
     }
 
 
@@ -154,13 +110,16 @@ def read_evaluation(path: Path) -> dict[str, Any]:
             wanted = "`model` (teacher or student) and `nfe` (1 or more): run `driftmap evaluate` again"
             raise ValueError(f"{path}: row {place} is {row!r}, expected {wanted}")
     rows = sorted(evaluation["rows"], key=lambda row: row["nfe"])
-    extra = dict.fromkeys(key for row in rows for key in row if key not in (*METRICS, "model", "nfe"))
-    metrics = [key for key in (*METRICS, *extra) if any(key in row for row in rows)]
+    given = {key for row in rows for key, value in row.items() if value is not None}
+    extra = dict.fromkeys(key for row in rows for key in row if key not in (*METRICS, *ABOUT))
+    metrics = [key for key in (*METRICS, *extra) if key in given]
+    floors = floor_ratios(evaluation)
     return evaluation | {
         "rows": rows,
         "metrics": metrics,
         "headline": headline(evaluation),
-        "ratio_chart": evaluation_chart(rows, "ratio", floor_ratios(evaluation)),
+        "ratio_chart": evaluation_chart(rows, "ratio", floors),
+        "time_chart": evaluation_chart(rows, "ratio", floors, x="seconds_per_sample"),
         "error_chart": evaluation_chart(rows, "endpoint_error", {}),
     }
 
@@ -172,7 +131,7 @@ def headline(evaluation: dict[str, Any]) -> str:
         if math.isfinite(number(row.get("ratio"))):
             ratios[row["model"]][row["nfe"]] = row["ratio"]
     student, teacher = ratios["student"], ratios["teacher"]
-    if not student or evaluation.get("sees") is False:
+    if not student:
         return ""
     nfe = min(nfe for nfe, ratio in student.items() if ratio <= 1.05 * min(student.values()))
     many = evaluation.get("many_nfe", "many")
@@ -182,26 +141,31 @@ def headline(evaluation: dict[str, Any]) -> str:
 
 
 def floor_ratios(evaluation: dict[str, Any]) -> dict[str, float]:
-    """Give the floors, which are distances, in the unit of `ratio`: the teacher's distance in many steps."""
+    """Give the Fréchet floors in the unit of `ratio`: the teacher's distance in many steps."""
     for row in evaluation["rows"]:
         unit = number(row.get("frechet")) / (number(row.get("ratio")) or math.nan)
         if unit > 0:
-            return {name: number(value) / unit for name, value in sorted(evaluation.get("floor", {}).items())}
+            floor = sorted(evaluation.get("floor", {}).items())
+            return {name: number(values.get("frechet")) / unit for name, values in floor}
     return {}
 
 
-def evaluation_chart(rows: Sequence[Row], metric: str, floor: dict[str, float]) -> Markup | None:
-    """Draw a metric of both models against evaluations, its floors dashed; None when no row has it."""
+def evaluation_chart(
+    rows: Sequence[Row], metric: str, floor: dict[str, float], *, x: str = "nfe"
+) -> Markup | None:
+    """Draw a metric of both models against evaluations or time, floors dashed; None when no row has it."""
     lines = []
     for model, style in zip(MODELS, ("s-", "o-"), strict=True):
-        x, y = points([row for row in rows if row["model"] == model], "nfe", metric)
-        lines += [Line(model, x, y, COLOURS[model], style)] if x else []
+        ours = sorted((row for row in rows if row["model"] == model), key=lambda row: number(row.get(x)))
+        columns = points([row for row in ours if row.get(metric) is not None], x, metric)
+        lines += [Line(model, *columns, COLOURS[model], style)] if columns[0] else []
     if not lines:
         return None
-    ticks = sorted({x for line in lines for x in line.x})
+    ticks = sorted({place for line in lines for place in line.x}) if x == "nfe" else ()
     for style, name in zip(("--", ":"), floor, strict=False):
         lines.append(Line(f"floor: {name}", [], [floor[name]], COLOURS["ink-soft"], style))
-    return chart(lines, "network evaluations per sample", ticks=ticks)
+    label = "network evaluations per sample" if x == "nfe" else "seconds per sample"
+    return chart(lines, label, ticks=ticks, logarithmic="y" if x == "nfe" else "xy")
 
 
 def log_charts(log: Sequence[Row]) -> list[tuple[str, Markup]]:
@@ -224,48 +188,6 @@ def log_charts(log: Sequence[Row]) -> list[tuple[str, Markup]]:
     return drawn
 
 
-def chart(lines: Sequence[Line], label: str, *, ticks: Sequence[float] = ()) -> Markup:
-    """Draw lines as inline SVG, y logarithmic where none is negative, x where it has given ticks."""
-    # Hashed with the lines, the ids inside are the same in every report and different in every chart.
-    with matplotlib.rc_context({**CHART_STYLE, "svg.hashsalt": repr(lines)}):
-        figure = Figure(figsize=(4.8, 3.1), layout="constrained", facecolor="none")
-        axes = figure.subplots()
-        for line in lines:
-            if line.x:
-                axes.plot(line.x, line.y, line.style, label=line.label, color=line.colour)
-            else:
-                axes.axhline(line.y[0], label=line.label, color=line.colour, linestyle=line.style)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        if ticks:
-            axes.set(xscale="log", xticks=ticks)
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        values = [value for line in lines for value in line.y if math.isfinite(value)]
-        if values and min(values) >= 0 < max(values):
-            axes.set_yscale("log", nonpositive="mask")  # an exact end point, error 0, is off the scale
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
-        axes.minorticks_off()
-        axes.grid(axis="y", linewidth=0.6)
-        axes.tick_params(length=0)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.set_xlabel(label)
-        columns = max(1, min(5, 60 // (6 + max(len(line.label) for line in lines))))
-        figure.legend(loc="outside upper left", ncols=columns, frameon=False, handlelength=1.4)
-        svg = io.StringIO()
-        figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return inline(svg.getvalue())
-
-
-def inline(svg: str) -> Markup:
-    """Turn matplotlib's document, whose labels it has escaped, into an element the page sizes and colours."""
-    box, body = re.findall(r'(?s)<svg[^>]*(viewBox="[^"]*")[^>]*>(.*)', svg)[0]
-    body = re.sub(r"(?s)<style.*?</style>|font-family: [^;<>]*; ", "", body)
-    body = re.sub(r'<g id="[^"]*"', "<g", body)  # repeated in every chart, and nothing refers to a group
-    body = re.sub(r"#fd000(\d)", lambda match: f"var(--{VARIABLES[int(match[1])]})", body)
-    body = re.sub(r"#fe00(\d\d)", r"color-mix(in oklch, var(--bin-last) \1%, var(--bin-first))", body)
-    return Markup(f"<svg {box}>{body}")
-
-
 def grid(images: Tensor, columns: int) -> bytes:
     """Give PNG bytes of images (N, C, H, W), uint8 with 1 or 3 channels, laid out row by row."""
     wrong_shape = images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images)
@@ -284,17 +206,35 @@ def grid(images: Tensor, columns: int) -> bytes:
 
 
 def write_report(out: Path, *, runs: list[Path], evaluation: Path | None) -> Path:
-    """Write one page about run folders and, where there is one, their evaluation.json; returns its path.
+    """Write one page about run folders, those with an evaluation.json side by side; returns its path.
 
-    Raises ValueError for no runs, a folder that is no run, and a file that cannot be read. A part that is not
-    there yet is no error: the page says what is missing and which command makes it.
+    `evaluation` is the one of the first run. Raises ValueError for no runs, a folder that is no run, and a
+    file that cannot be read. A part that is not there yet is no error: the page says what is missing and
+    which command makes it.
     """
     if not runs:
         raise ValueError("a report needs at least one run: name the folder that `driftmap train` wrote")
-    found = read_evaluation(evaluation) if evaluation and evaluation.is_file() else None
+    files = [evaluation, *(run / "evaluation.json" for run in runs[1:])]
+    read = [read_run(*each) for each in zip(runs, names_of(runs), files, strict=True)]
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page.filters["shown"] = shown
     template = page.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    text = template.render(runs=[read_run(run) for run in runs], evaluation=found, most=CURVE_POINTS)
+    text = template.render(
+        runs=read,
+        evaluations=[run for run in read if run["evaluation"]],
+        groups=compared(read),
+        bins=bin_charts(read),
+        likelihoods=likelihoods(read),
+        most=CURVE_POINTS,
+    )
     write_atomically(out, text.encode("utf-8", errors="replace"))  # a file name may hold what is no UTF-8
     return out
+
+
+def names_of(runs: Sequence[Path]) -> list[str]:
+    """Give runs the names of their folders, and of the folders above where these are the same."""
+    names = [run.resolve().name for run in runs]
+    return [
+        f"{run.resolve().parent.name}/{name}" if names.count(name) > 1 else name
+        for run, name in zip(runs, names, strict=True)
+    ]

@@ -79,6 +79,7 @@ class Saver:
             "loss_scale": run.strategy.scale,
             "world_size": run.strategy.world.size,
             "lineage": run.lineage,
+            "quarantine": run.batches.bad,
         }
 
     def prune(self, run: Run) -> None:

@@ -58,9 +58,9 @@ class Random:
         left, right = threefry((key[0][:, None], key[1][:, None]), (numbers, torch.zeros_like(numbers)))
         return _unit(left), _unit(right)
 
-    def uniform(self, purpose: str) -> Tensor:
-        """Return uniform numbers (B,) in (0, 1), float32."""
-        return self._uniforms(purpose, 1)[0][:, 0]
+    def uniform(self, purpose: str, shape: tuple[int, ...] = ()) -> Tensor:
+        """Return uniform numbers (B, *shape) in (0, 1), float32."""
+        return self._uniforms(purpose, math.prod(shape))[0].reshape(len(self.index), *shape)
 
     def normal(self, purpose: str, shape: tuple[int, ...] = ()) -> Tensor:
         """Return standard normal numbers (B, *shape), float32."""

@@ -11,6 +11,7 @@ once a process. The same goes for the loader and the checkpoint, which are ours.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -28,12 +29,13 @@ FP16_SCALE = 2.0**16
 FP16_GROWTH_STEPS = 2000
 
 
-def process_group() -> Accelerator:
-    """Return Accelerate's process group: NCCL between GPUs, gloo between CPUs."""
+def process_group(timeout: timedelta | None = None) -> Accelerator:
+    """Return Accelerate's process group, NCCL between GPUs, gloo between CPUs; `timeout` ends a wait."""
     if torch.cuda.is_available():
-        return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")])
+        settings = InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo", timeout=timeout)
+        return Accelerator(kwargs_handlers=[settings])
     # Without a GPU Accelerate (1.15) needs to be told, or every process believes that it is alone.
-    return Accelerator(cpu=launched() > 1)
+    return Accelerator(cpu=launched() > 1, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
 
 
 class DataParallel:

@@ -1,7 +1,7 @@
 """Distributions of one time t, and of pairs (s, t) for jumps; t = 0 is data, t = 1 noise.
 
-Sources: logit-normal times: Esser et al. 2024, eq. 19; pairs as two sorted draws: Geng et al. 2025, section
-4.3.
+Sources: logit-normal times: Esser et al. 2024, eq. 19; their shift, more noise for larger pictures: eq. 23;
+pairs as two sorted draws: Geng et al. 2025, section 4.3.
 """
 
 from typing import Annotated, Literal
@@ -11,32 +11,38 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from ..models.path import shifted
 from .objective import STRICT
 from .seeds import Random
 
 
 @dataclass(frozen=True, config=STRICT)
 class Uniform:
-    """Times uniform on (0, 1)."""
+    """Times uniform on (0, 1), then shifted towards noise."""
 
     name: Literal["uniform"] = "uniform"
+    shift: Annotated[float, Field(gt=0)] = 1.0
 
     def sample(self, random: Random, purpose: str = "time") -> Tensor:
         """Return times (B,)."""
-        return random.uniform(purpose)
+        return shifted(random.uniform(purpose), self.shift)
 
 
 @dataclass(frozen=True, config=STRICT)
 class LogitNormal:
-    """Times sigmoid(mean + std N(0, 1)): most of them in the middle of the path."""
+    """Times sigmoid(mean + std N(0, 1)): most of them in the middle of the path.
+
+    A shift adds log(shift) to the mean. On the linear path these are EDM's log-normal sigma = t / (1 - t).
+    """
 
     name: Literal["logit_normal"]
     mean: float = 0.0
     std: Annotated[float, Field(gt=0)] = 1.0
+    shift: Annotated[float, Field(gt=0)] = 1.0
 
     def sample(self, random: Random, purpose: str = "time") -> Tensor:
         """Return times (B,)."""
-        return torch.sigmoid(self.mean + self.std * random.normal(purpose))
+        return shifted(torch.sigmoid(self.mean + self.std * random.normal(purpose)), self.shift)
 
 
 Times = Annotated[Uniform | LogitNormal, Field(discriminator="name")]

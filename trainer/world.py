@@ -74,6 +74,27 @@ class World:
             raise error
         return result
 
+    def together(self, function: Callable[[], object]) -> None:
+        """Call `function` and wait for all processes; every process must call.
+
+        What it raises on any process is raised on all of them, in its own words on the one that failed.
+        """
+        error = None
+        try:
+            function()
+        except Exception as raised:
+            error = raised
+        try:
+            found = self.gathered(error)
+        except RuntimeError as broken:
+            raise error or ChildProcessError(
+                "another process has ended before its work was done; see what it printed, then run the same "
+                "command again"
+            ) from broken
+        failed = [one for one in found if one is not None]
+        if failed:
+            raise error or failed[0]
+
 
 def launched() -> int:
     """Return the number of processes that a launcher started."""

@@ -6,11 +6,15 @@ has no biases and its features vanish at zero, so that
 - g(0) = 0 always: on the diagonal the network is exactly a one-time velocity network, whatever was trained;
 - with g's last layer at zero, as at birth, the network ignores t: a student that copies a teacher trained
 by flow matching equals it to the last bit.
-The stages `embed`, `blocks[i]` and `head` are called one by one and never reached into, so they can be
-sharded, recomputed and differentiated in forward mode separately.
+Captions come in twice: each block lets its tokens attend to those of the caption, and the mean of these is
+added to c. Both ways end in layers that are zero at birth. A learned token stands beside every caption, so
+that an empty one is a caption, too.
+The stages `embed`, `caption`, `blocks[i]` and `head` are called one by one and never reached into, so they
+can be sharded, recomputed and differentiated in forward mode separately.
 
 Source: Peebles and Xie, "Scalable diffusion models with transformers", 2023, section 3; QK norm: Dehghani
-et al., "Scaling vision transformers to 22 billion parameters", 2023.
+et al., "Scaling vision transformers to 22 billion parameters", 2023; captions: Chen et al., "PixArt-alpha",
+2024, section 2.3.
 """
 
 import torch
@@ -19,7 +23,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from ..layers import Attention, Stage, attend
+from ..layers import CrossAttention, SelfAttention, Stage
 
 
 def position_embedding(side: int, width: int) -> Tensor:
@@ -55,34 +59,16 @@ class TimeEmbedding(nn.Module):
             return self.second(hidden)
 
 
-class SelfAttention(nn.Module):
-    """Self-attention over tokens (B, L, width); `qk_norm` normalises queries and keys a head."""
-
-    def __init__(self, width: int, num_heads: int, *, qk_norm: bool) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.how: Attention = "sdpa"
-        self.qkv = nn.Linear(width, 3 * width)
-        self.projection = nn.Linear(width, width)
-        head = width // num_heads
-        self.query_norm = nn.RMSNorm(head, eps=1e-6) if qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(head, eps=1e-6) if qk_norm else nn.Identity()
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return the attended tokens (B, L, width)."""
-        batch, length, width = tokens.shape
-        heads = self.qkv(tokens).reshape(batch, length, 3, self.num_heads, width // self.num_heads)
-        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = attend(self.query_norm(query), self.key_norm(key), value, how=self.how)
-        return self.projection(mixed.transpose(1, 2).reshape(batch, length, width))
+def normalised(tokens: Tensor) -> Tensor:
+    """Return layer-normalised tokens (B, L, width)."""
+    # One group a token is layer norm. F.layer_norm itself has a wrong gradient of its forward-mode derivative
+    # (torch 2.13; see pytorch issue 196700), which is what the Lagrangian residual trains on.
+    return F.group_norm(tokens.flatten(0, 1), 1, eps=1e-6).view_as(tokens)
 
 
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Return layer-normalised tokens (B, L, width), scaled and shifted by (B, width)."""
-    # One group a token is layer norm. F.layer_norm itself has a wrong gradient of its forward-mode derivative
-    # (torch 2.13; see pytorch issue 196700), which is what the Lagrangian residual trains on.
-    normalised = F.group_norm(tokens.flatten(0, 1), 1, eps=1e-6).view_as(tokens)
-    return normalised * (1 + scale[:, None]) + shift[:, None]
+    return normalised(tokens) * (1 + scale[:, None]) + shift[:, None]
 
 
 class Embed(Stage):
@@ -113,24 +99,50 @@ class Embed(Stage):
         return tokens, c
 
 
-class Block(Stage):
-    """Attention and a perceptron, each normalised, modulated by c and gated (adaLN-zero)."""
+class Caption(Stage):
+    """From a caption to the tokens that blocks attend to and what it adds to the modulation's input."""
 
     num_inputs = 2
 
-    def __init__(self, width: int, num_heads: int, *, mlp_ratio: float, qk_norm: bool) -> None:
+    def __init__(self, text_width: int, width: int) -> None:
         super().__init__()
+        self.norm = nn.LayerNorm(text_width, elementwise_affine=False)
+        self.projection = nn.Sequential(nn.Linear(text_width, width), nn.SiLU(), nn.Linear(width, width))
+        self.beside = nn.Parameter(torch.randn(width))
+        self.mean = nn.Linear(width, width)
+
+    def compute(self, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return tokens (B, L + 1, width) of a caption (B, L, text_width), their mask, and a part of c."""
+        tokens = self.projection(self.norm(text))
+        beside = self.beside.to(tokens.dtype).expand(len(tokens), 1, -1)
+        tokens, mask = torch.cat([beside, tokens], dim=1), F.pad(mask, (1, 0), value=True)
+        shares = mask / mask.sum(1, keepdim=True)
+        return tokens, mask, self.mean((shares[:, None].to(tokens.dtype) @ tokens).squeeze(1))
+
+
+class Block(Stage):
+    """Attention and a perceptron, each normalised, modulated by c and gated (adaLN-zero).
+
+    With `text` the tokens attend to those of a caption, too, in between.
+    """
+
+    def __init__(self, width: int, num_heads: int, *, mlp_ratio: float, qk_norm: bool, text: bool) -> None:
+        super().__init__()
+        self.num_inputs = 4 if text else 2
         self.attention = SelfAttention(width, num_heads, qk_norm=qk_norm)
         hidden = int(width * mlp_ratio)
         self.mlp = nn.Sequential(
             nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width)
         )
         self.modulation = nn.Linear(width, 6 * width)
+        self.reading = CrossAttention(width, num_heads, qk_norm=qk_norm) if text else None
 
-    def compute(self, tokens: Tensor, c: Tensor) -> Tensor:
-        """Return the next tokens (B, L, width) given the modulation's input c (B, width)."""
+    def compute(self, tokens: Tensor, c: Tensor, *caption: Tensor) -> Tensor:
+        """Return the next tokens (B, L, width) given c (B, width) and maybe a caption's tokens and mask."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(c)).chunk(6, dim=1)
         tokens = tokens + gate_a[:, None] * self.attention(modulate(tokens, shift_a, scale_a))
+        if self.reading is not None:
+            tokens = tokens + self.reading(normalised(tokens), *caption)
         return tokens + gate_m[:, None] * self.mlp(modulate(tokens, shift_m, scale_m))
 
 
@@ -153,11 +165,11 @@ class Head(Stage):
 class DiT(Stage, ModelMixin, ConfigMixin):
     """The transformer `(x, s, t, condition) -> mean velocity like x`.
 
-    Forward: x (B, in_channels, sample_size, sample_size), s and t (B,) in [0, 1], labels (B,) in
-    [0, num_classes], where the label `num_classes` means "no class" and is what a missing condition becomes.
+    Forward: x (B, in_channels, sample_size, sample_size), s and t (B,) in [0, 1], and
+    - with `num_classes` labels (B,) in [0, num_classes], where the label `num_classes` means "no class";
+    - with `text_width` captions (tokens (B, L, text_width), mask (B, L)), L at most `max_tokens`.
+    A missing condition says nothing. With `out_channels` the result has other channels than x.
     """
-
-    num_inputs = 4
 
     @register_to_config
     def __init__(
@@ -171,21 +183,34 @@ class DiT(Stage, ModelMixin, ConfigMixin):
         mlp_ratio: float = 4.0,
         num_classes: int = 0,
         qk_norm: bool = False,
+        text_width: int = 0,
+        max_tokens: int = 32,
+        out_channels: int | None = None,
     ) -> None:
         super().__init__()
         if sample_size % patch_size:
             raise ValueError(f"sample_size {sample_size} is no multiple of patch_size {patch_size}")
         if width % num_heads or width % 4:
             raise ValueError(f"width {width} must be a multiple of 4 and of num_heads {num_heads}")
+        if num_classes and text_width:
+            raise ValueError(
+                f"num_classes {num_classes} and text_width {text_width}: a sample has a class or a caption; "
+                "set one of them to 0"
+            )
+        self.num_inputs = 5 if text_width else 4
         self.side = sample_size // patch_size
         self.patch_size = patch_size
+        self.text_width, self.max_tokens = text_width, max_tokens
         self.sample_shape = (in_channels, sample_size, sample_size)
+        self.out_channels = out_channels or in_channels
         self.null_label = num_classes or None
         self.embed = Embed(self.side, patch_size, in_channels, width, num_classes)
         self.blocks = nn.ModuleList(
-            Block(width, num_heads, mlp_ratio=mlp_ratio, qk_norm=qk_norm) for _ in range(depth)
+            Block(width, num_heads, mlp_ratio=mlp_ratio, qk_norm=qk_norm, text=text_width > 0)
+            for _ in range(depth)
         )
-        self.head = Head(width, in_channels * patch_size**2)
+        self.caption = Caption(text_width, width) if text_width else None
+        self.head = Head(width, self.out_channels * patch_size**2)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -199,7 +224,11 @@ class DiT(Stage, ModelMixin, ConfigMixin):
                 self.embed.labels.weight, std=0.5
             )  # with the 0.02 of the paper classes are learned more slowly
         starts_at_zero: list[nn.Linear] = [self.embed.gap.second, self.head.modulation, self.head.projection]
-        for linear in starts_at_zero + [block.modulation for block in self._blocks()]:
+        starts_at_zero += [block.modulation for block in self._blocks()]
+        if self.caption is not None:
+            starts_at_zero += [self.caption.mean]
+            starts_at_zero += [block.reading.projection for block in self._blocks() if block.reading]
+        for linear in starts_at_zero:
             nn.init.zeros_(linear.weight)
 
     def _blocks(self) -> list[Block]:
@@ -207,20 +236,51 @@ class DiT(Stage, ModelMixin, ConfigMixin):
 
     def unpatch(self, patches: Tensor) -> Tensor:
         """Return the picture (B, C, H, W) of patches (B, L, C * patch_size ** 2)."""
-        side, size, channels = self.side, self.patch_size, self.sample_shape[0]
+        side, size, channels = self.side, self.patch_size, self.out_channels
         grid = patches.reshape(len(patches), side, side, channels, size, size).permute(0, 3, 1, 4, 2, 5)
-        return grid.reshape(len(patches), *self.sample_shape)
+        return grid.reshape(len(patches), channels, side * size, side * size)
 
-    def __call__(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        s: Tensor,
+        t: Tensor,
+        condition: Tensor | tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Return the mean velocity between the times s and t at the state x."""
-        return super().__call__(x, s, t, condition)
+        if not self.text_width:
+            if isinstance(condition, tuple):
+                raise ValueError("this network takes no captions (text_width is 0); give class labels")
+            return super().__call__(x, s, t, condition)
+        if isinstance(condition, Tensor):
+            raise ValueError(f"this network takes captions of text_width {self.text_width}, not class labels")
+        return super().__call__(x, s, t, *self._caption(condition, x))
 
-    def compute(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+    def _caption(self, condition: tuple[Tensor, Tensor] | None, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tokens and the mask of captions; a missing one has no tokens."""
+        if condition is None:
+            nothing = torch.zeros(len(x), 0, self.text_width, dtype=x.dtype, device=x.device)
+            return nothing, nothing[..., 0].bool()
+        tokens, mask = condition
+        length, width = tokens.shape[1:]
+        if width != self.text_width or length > self.max_tokens:
+            raise ValueError(
+                f"captions have {length} tokens of width {width}, expected at most {self.max_tokens} of "
+                f"width {self.text_width}"
+            )
+        return tokens.to(x.dtype), mask
+
+    def compute(self, x: Tensor, s: Tensor, t: Tensor, *condition: Tensor | None) -> Tensor:
         """Return the mean velocity between the times s and t at the state x."""
         if tuple(x.shape[1:]) != self.sample_shape:
             expected = (len(x), *self.sample_shape)
             raise ValueError(f"x has shape {tuple(x.shape)}, expected {expected}")
-        tokens, c = self.embed(x, s, t, condition)
+        if self.caption is None:
+            caption, (tokens, c) = (), self.embed(x, s, t, *condition)
+        else:
+            *caption, pooled = self.caption(*condition)
+            tokens, c = self.embed(x, s, t, None)
+            c = c + pooled
         for block in self.blocks:
-            tokens = block(tokens, c)
+            tokens = block(tokens, c, *caption)
         return self.unpatch(self.head(tokens, c))

@@ -31,18 +31,27 @@ class MLP(nn.Module):
     label `num_classes` means "no class".
     """
 
-    def __init__(self, *, channels: int = 2, width: int = 128, depth: int = 3, num_classes: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        channels: int = 2,
+        width: int = 128,
+        depth: int = 3,
+        num_classes: int = 0,
+        out_channels: int | None = None,
+    ) -> None:
         super().__init__()
         self.frequencies = 8
         self.inputs = nn.Linear(channels + 4 * self.frequencies, width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-        self.outputs = nn.Linear(width, channels)
+        self.out_channels = out_channels or channels
+        self.outputs = nn.Linear(width, self.out_channels)
         self.labels = nn.Embedding(num_classes + 1, width) if num_classes else None
         self.sample_shape = (channels,)
         self.null_label = num_classes or None
 
     def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Return the mean velocity (B, channels)."""
+        """Return the mean velocity (B, channels), or what there is in `out_channels`."""
         scale = torch.arange(1, self.frequencies + 1, dtype=x.dtype, device=x.device)
         angles = torch.cat([s[:, None] * scale, (s - t)[:, None] * scale], dim=1)
         hidden = self.inputs(torch.cat([x, angles.sin(), angles.cos()], dim=1))

@@ -13,13 +13,18 @@ from torch import Tensor
 
 from ...models.flow_map import FlowMap, Velocity
 from ...models.path import Linear
+from ..coupling import Coupling, coupled
 from ..objective import STRICT, Batch, Paths, Tangent, diagonal_error
 from ..times import Times, Uniform
 
 
 @dataclass(frozen=True, config=STRICT)
 class FlowMatching:
-    """Train a velocity from data, or copy a teacher's velocity where one is given."""
+    """Train a velocity from data, or copy a teacher's velocity where one is given.
+
+    With `coupling` optimal_transport the noise is not independent of the data: the flow is no diffusion, to
+    which samplers with noise or another path would apply. See ../coupling.py.
+    """
 
     model_kind: ClassVar[str] = "flow_map"
     uses_teacher: ClassVar[bool] = True
@@ -27,11 +32,18 @@ class FlowMatching:
 
     path: Paths = Field(default_factory=Linear)
     times: Times = Field(default_factory=Uniform)
+    coupling: Coupling = "independent"
     condition_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     def __call__(self, model: FlowMap, batch: Batch, teacher: Velocity | None = None) -> dict[str, Tensor]:
         """Return the loss and the error of each sample at its time."""
+        if teacher is not None and self.coupling != "independent":
+            raise ValueError(
+                f"coupling {self.coupling} leads to other states than the teacher's flow; set it to "
+                "independent, or train without a teacher"
+            )
+        index, batch = batch.random.index, coupled(batch, self.coupling)
         batch = batch.with_condition_dropped(self.condition_dropout, null=model.null_condition)
         t = self.times.sample(batch.random).to(batch.data.dtype)
         error = diagonal_error(model, self.path, batch, t, teacher)
-        return {"loss": error.mean(), "error": error, "time": t, "index": batch.random.index}
+        return {"loss": error.mean(), "error": error, "time": t, "index": index}

@@ -1,0 +1,63 @@
+"""What a sample is made from, a class or a caption, and what is done to either without looking inside.
+
+A class is its label; a caption is its tokens' embeddings by a text encoder, padded to one length, with a mask
+of the real ones. "Nothing", which guidance and condition dropout need, is a label of its own, or a caption
+whose mask is False everywhere.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+
+class Text(NamedTuple):
+    """Captions: embeddings of their tokens (B, L, D), and a mask (B, L) that is False at padding."""
+
+    tokens: Tensor
+    mask: Tensor
+
+
+Condition = Tensor | Text  # class labels (B,), int64, or captions
+Nothing = int | Text  # the condition of one sample that says nothing
+
+
+def no_text() -> Text:
+    """Return the caption that says nothing; its empty shape goes with captions of every length and width."""
+    return Text(torch.zeros(()), torch.zeros((), dtype=torch.bool))
+
+
+def padded(captions: Sequence[Tensor]) -> Text:
+    """Return captions, each by its own tokens (L, D), as one batch."""
+    lengths = torch.tensor([len(tokens) for tokens in captions])
+    tokens = pad_sequence(list(captions), batch_first=True)
+    return Text(tokens, torch.arange(tokens.shape[1]) < lengths[:, None])
+
+
+def take(condition: Condition | None, rows: Any) -> Condition | None:
+    """Return the conditions at `rows`: a mask, indices or a slice."""
+    return None if condition is None else _each(lambda part: part[rows], condition)
+
+
+def joined(*conditions: Condition) -> Condition:
+    """Return conditions of one kind, and captions of one length, as one batch."""
+    return _each(lambda *parts: torch.cat(parts), *conditions)
+
+
+def silenced(condition: Condition, rows: Tensor, *, nothing: Nothing) -> Condition:
+    """Return conditions (B, ...) of which those at the mask `rows` (B,) say nothing."""
+    return _each(
+        lambda part, null: torch.where(rows.reshape(-1, *[1] * (part.dim() - 1)), null, part),
+        condition,
+        nothing,
+    )
+
+
+def _each(function: Callable[..., Tensor], *conditions: Any) -> Condition:
+    """Return a function of each part of conditions of one kind."""
+    kinds = {isinstance(condition, Text) for condition in conditions}
+    if len(kinds) == 2:
+        raise ValueError("class labels and captions do not mix; give conditions of one kind")
+    return Text(*map(function, *conditions)) if kinds == {True} else function(*conditions)

@@ -1,0 +1,97 @@
+"""From noise at t = 1 to data at t = 0: one file per method, with its formula and source.
+
+    steps.py       grids of times; the end points that a velocity means
+    jump.py        a flow map's jumps
+    euler.py  heun.py                    the flow's equation, on any path
+    ddim.py  dpm_solver.py               the same, exact in all but the data predicted
+    ddpm.py  edm.py                      with noise at each step
+    scheduler.py   any scheduler of diffusers
+
+All take a velocity (a flow map, a guided one), the noise of each sample and a grid of times. What is drawn on
+the way comes from `draw`, keyed by the sample, so that a picture is the same from any number of processes.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from ..path import Path
+from .ddim import ddim
+from .ddpm import ddpm
+from .dpm_solver import dpm_solver
+from .edm import edm
+from .euler import euler
+from .heun import heun
+from .jump import jump
+from .scheduler import scheduler
+from .steps import Draw, noise_grid, time_grid
+
+__all__ = [
+    "SAMPLERS",
+    "Draw",
+    "Sampler",
+    "ddim",
+    "ddpm",
+    "dpm_solver",
+    "edm",
+    "euler",
+    "heun",
+    "jump",
+    "noise_grid",
+    "sampler_of",
+    "scheduler",
+    "time_grid",
+]
+
+SAMPLERS = {method.__name__: method for method in (jump, euler, heun, ddim, ddpm, dpm_solver, edm)}
+OF_DIFFUSERS = "diffusers:"
+GIVEN = {"model", "noise", "grid", "condition", "path", "draw"}  # what is no setting
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A method ready to be called as `sample(model, noise, grid=, condition=)`, with its usual grid."""
+
+    sample: Callable[..., Tensor]
+    grid: Callable[[int], Tensor]  # of a number of steps
+    evaluations: int = 1  # a step; of a scheduler of diffusers as it says nothing of them
+
+
+def sampler_of(text: str, *, path: Path, draw: Draw) -> Sampler:
+    """Return the sampler of a text such as `heun`, `edm:churn=40` or `diffusers:UniPCMultistepScheduler`.
+
+    Raises ValueError where there is no such sampler or setting.
+    """
+    if text.startswith(OF_DIFFUSERS):
+        name = text.removeprefix(OF_DIFFUSERS)
+        return Sampler(partial(scheduler, name=name, path=path), time_grid)
+    name, _, written = text.partition(":")
+    if name not in SAMPLERS:
+        raise ValueError(
+            f"there is no sampler {name!r}; there are {', '.join(SAMPLERS)}, and diffusers' schedulers as "
+            "diffusers:NAME"
+        )
+    method = SAMPLERS[name]
+    takes = inspect.signature(method).parameters
+    given = {key: value for key, value in (("path", path), ("draw", draw)) if key in takes}
+    settings = dict(_setting(part, name, set(takes) - GIVEN) for part in written.split(",") if part)
+    grid = partial(noise_grid, path=path) if method is edm else time_grid
+    return Sampler(partial(method, **given, **settings), grid, 2 if method in (heun, edm) else 1)
+
+
+def _setting(text: str, name: str, known: set[str]) -> tuple[str, Any]:
+    """Return key and value of a setting such as churn=40."""
+    key, equals, value = text.partition("=")
+    if key not in known or not equals:
+        choices = (
+            f"its settings are {', '.join(sorted(known))}, as in {name}:key=value" if known else "it has none"
+        )
+        raise ValueError(f"sampler {name}: no such setting {text!r}; {choices}")
+    try:
+        return key, float(value)
+    except ValueError:
+        return key, value

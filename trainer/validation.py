@@ -1,0 +1,325 @@
+"""Evaluation while a run trains: what the mean weights of a step do on held-out samples, on all processes.
+
+Every `evaluation.every` steps, and at the end, the EMA weights are exchanged in. They give the loss of the
+objective itself on held-out samples, with the same noise every time; where features are named, samples whose
+noise is that of `driftmap evaluate` give distances, beside their floors. A line of RUN/validation.jsonl each.
+The weights come back bitwise and randomness is keyed: a run trains the same with evaluation and without.
+
+A sharded network can be called only through the strategy's task and by all processes equally often: one that
+has no batch left takes the first again and does not count it. The precision is that of the training.
+
+A signal ends an evaluation without a line; the run saves and stops at that step, and evaluates it before any
+other when it goes on. Lines of steps that a run went back from are forgotten when it starts.
+"""
+
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from rich.console import Console
+from torch import Tensor, nn
+
+from ..data.labels import CAPTION, CLASS
+from ..data.shards import ShardSet, write_atomically
+from ..models.autoencoder import decode_latents
+from ..models.flow_map import FlowMap, Velocity
+from ..models.samplers import sampler_of
+from .build import run_recipe, settings_of_run
+from .checkpoint import fingerprint
+from .config import ConfigError
+from .encode import autoencoder_of
+from .evaluate import noise_of
+from .features import classifier_of, features_named
+from .fit import check_data
+from .guiding import guided, usual_sampler
+from .judge import Judge, Meter, Prompts
+from .loop import Run, Task
+from .objective import Batch, Tangent
+from .recipe import EvaluationSection, Recipe, objective_name
+from .references import Dealer, Part, References, Stopped, default_folder, key_of, pictures_behind
+
+SEED = 0  # of the samples' noise, as `driftmap evaluate` has it
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Samples of a batch's conditions in place of an objective; their noise is that of their index."""
+
+    model_kind: ClassVar[str] = "flow_map"
+    uses_teacher: ClassVar[bool] = False
+    tangent: ClassVar[Tangent] = "none"
+
+    sampler: str
+    nfe: int
+    guidance: float
+
+    def __call__(self, model: FlowMap, batch: Batch, teacher: Velocity | None = None) -> dict[str, Tensor]:
+        """Return `samples` (B, ...)."""
+        noise = noise_of(batch.random.index, model.sample_shape, seed=SEED)
+        velocity = guided(model, self.guidance)
+        sampler = sampler_of(
+            self.sampler,
+            path=model.path,
+            draw=lambda step: batch.random.normal(f"sample step {step}", model.sample_shape),
+        )
+        cost = sampler.evaluations * getattr(velocity, "evaluations", 1)
+        grid = sampler.grid(self.nfe // cost).to(noise.device)
+        return {"samples": sampler.sample(velocity, noise, grid=grid, condition=batch.condition)}
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """What samples are compared by, and with: held-out pictures, and training ones if they are at hand."""
+
+    judge: Judge
+    pictures: Part
+    training: Part | None
+    autoencoder: AutoencoderKL | None
+    autoencoder_hash: str | None
+
+    def references(self, dealer: Dealer) -> References:
+        """Return what a judge saw of the pictures, measured once."""
+        return References(self.judge, dealer, default_folder(), self.autoencoder, self.autoencoder_hash)
+
+
+class Validation:
+    """A hook that evaluates when a period ends; it comes before the one that agrees to stop."""
+
+    def __init__(self, run: Run) -> None:
+        assert run.recipe.evaluation is not None
+        self._section: EvaluationSection = run.recipe.evaluation
+        self._strategy, world = run.strategy, run.strategy.world
+        network = settings_of_run(run.folder)
+        self._held_out = held_out_of(run.recipe, run.model, network, run.shards)
+        self._gallery = gallery_of(run.recipe, run.model, run.shards, self._held_out, device=world.device)
+        self._dealer = Dealer(world, self._section.batch_size, run.signals)
+        self._task = next(module for module in self._strategy.task.modules() if isinstance(module, Task))
+        self.file = run.folder / "validation.jsonl"
+        world.first(lambda: _write(self.file, [row for row in _rows(self.file) if row["step"] <= run.step]))
+        if run.step:
+            self._look(run)
+            run.stop_asked = world.any(bool(run.signals))
+
+    def __call__(self, run: Run, losses: dict[str, Tensor]) -> None:
+        """Evaluate the step just done where it is due."""
+        if run.strategy.stepped:
+            self._look(run)
+
+    def _look(self, run: Run) -> None:
+        """Evaluate this step if it is due and has not been."""
+        world = self._strategy.world
+        due = run.step % self._section.every == 0 or run.finished
+        if not due or world.first(lambda: run.step in [row["step"] for row in _rows(self.file)]):
+            return
+        began = time.monotonic()
+        try:
+            with torch.no_grad(), _mean_of(run):
+                told = self._losses() | (self._quality(self._gallery) if self._gallery else {})
+        except Stopped:
+            return
+        row = {"step": run.step, "samples": run.samples, **told, "seconds": time.monotonic() - began}
+        world.first(lambda: _write(self.file, [*_rows(self.file), row]))
+        if world.rank == 0:
+            Console(stderr=True).print(_in_words(row), markup=False, highlight=False, soft_wrap=True)
+
+    def _batch(self, places: np.ndarray) -> dict[str, Tensor]:
+        """Return held-out samples; what cannot be read on one process is raised on all."""
+        read: list[dict[str, Tensor]] = []
+        self._strategy.world.together(lambda: read.append(self._held_out.batch(places)))
+        return read[0]
+
+    def _losses(self) -> dict[str, float | None]:
+        """Return the means of what the objective gives on held-out samples; None for what is not finite."""
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+        for places, mine in self._dealer.in_step(self._held_out.size):
+            for name, value in self._strategy.task(self._batch(places)).items():
+                if name not in ("time", "index"):
+                    mean, count = value.double().mean().item(), len(places)
+                    sums[name] += torch.tensor([mean * count, count] if mine else [0.0, 0.0])
+        totals = self._strategy.world.total(torch.stack([*sums.values()])).tolist()
+        means = {name: total / count for name, (total, count) in zip(sums, totals, strict=True)}
+        return {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
+
+    def _quality(self, gallery: Gallery) -> dict[str, Any]:
+        """Return the table of samples by number of evaluations, its floors, and what it was made with."""
+        section, world, judge = self._section, self._strategy.world, gallery.judge
+        references = gallery.references(self._dealer)
+        real = references.seen(gallery.pictures)
+        floors = {"self": references.seen(gallery.training)} if gallery.training else {}
+        if gallery.autoencoder is not None:
+            floors["reconstruction"] = references.seen(gallery.pictures, reconstructed=True)
+        sampler = usual_sampler(objective_name(self._task.objective), section.guidance)
+        meters = {nfe: Meter(judge, section.num_samples) for nfe in section.nfe}
+        for places, mine in self._dealer.in_step(section.num_samples):
+            batch = self._batch(places) | {"index": torch.from_numpy(places)}
+            prompts = gallery.pictures.prompts(places, judge, world.device)
+            for nfe, meter in meters.items():
+                pictures = self._pictures(Sampling(sampler, nfe, section.guidance), batch, gallery)
+                if mine:
+                    meter.update(pictures, places, prompts)
+        seen = {nfe: meter.seen(world) for nfe, meter in meters.items()}
+
+        def compared() -> dict[str, Any]:
+            floor = {name: each.compared(real, seed=SEED) for name, each in floors.items()}
+            if "self" in floor:
+                floor["self"] |= real.answers  # of the training split a probe has been told
+            rows = [{"nfe": nfe, **each.compared(real, seed=SEED)} for nfe, each in seen.items()]
+            return {"floor": floor, "rows": rows}
+
+        return {
+            "features": judge.features.name,
+            "features_hash": judge.features.hash,
+            "sampler": sampler,
+            "guidance": section.guidance,
+            "num_samples": section.num_samples,
+            "num_references": gallery.pictures.size,
+            "seed": SEED,
+            "autoencoder": gallery.autoencoder_hash,
+            "reference": gallery.pictures.shards.fingerprint,
+            "reference_statistics": key_of(references.about(gallery.pictures)),
+            **world.first(compared),
+        }
+
+    def _pictures(self, sampling: Any, batch: dict[str, Tensor], gallery: Gallery) -> Tensor:
+        """Return pictures (B, C, H, W) in [-1, 1], sampled through the task as a loss is."""
+        objective, self._task.objective = self._task.objective, sampling
+        try:
+            samples = self._strategy.task(batch)["samples"].float()
+        finally:
+            self._task.objective = objective
+        if gallery.autoencoder is not None:
+            return decode_latents(gallery.autoencoder, samples)
+        return samples.clamp(-1, 1)
+
+
+def held_out_of(recipe: Recipe, model: nn.Module, network: dict[str, Any], shards: ShardSet) -> Part:
+    """Return the held-out samples of a recipe; ConfigError where they are not of the kind of `shards`."""
+    section = recipe.evaluation
+    assert section is not None
+    held_out = _opened("held_out", section.held_out, shards.label)
+    if held_out.fingerprint == shards.fingerprint:
+        raise ConfigError(
+            f"evaluation.held_out: {section.held_out} holds what the run is trained on; give samples that it "
+            "does not see (`driftmap shards make --held-out` keeps some back)"
+        )
+    for name in ("encoder", "text"):
+        theirs, ours = held_out.info.get(name), shards.info.get(name)
+        if theirs != ours:
+            raise ConfigError(
+                f"evaluation.held_out: the {name} of {section.held_out} is {theirs}, that of the training "
+                f"data is {ours}; encode the held-out pictures as those were"
+            )
+    check_data(model, network, held_out, name="evaluation.held_out: the model")
+    return Part(held_out, min(section.num_samples, held_out.num_samples))
+
+
+def gallery_of(
+    recipe: Recipe, model: nn.Module, shards: ShardSet, held_out: Part, *, device: torch.device
+) -> Gallery | None:
+    """Return what samples are compared by and with, None where no features are named."""
+    section = recipe.evaluation
+    assert section is not None
+    if section.features is None:
+        return None
+    if not isinstance(model, FlowMap):
+        raise ConfigError(
+            f"evaluation.features: the objective {objective_name(recipe.objective)!r} makes no samples to "
+            "compare; remove it, the held-out loss stays"
+        )
+    try:
+        guided(model, section.guidance)
+    except ConfigError as error:
+        raise ConfigError(f"evaluation.guidance: {error}") from error
+    label = CLASS if shards.label == CAPTION else shards.label  # a caption tells the class, too
+    pictures = Part(_pictures_of(section, shards, held_out).labelled_by(label), held_out.size)
+    try:
+        judge = _judge(section, pictures, label=label, device=device, conditional=bool(model.null_condition))
+        pictures.shape  # noqa: B018 - raises where they are no pictures
+    except ValueError as error:
+        raise ConfigError(f"evaluation.features: {error}") from error
+    if "latents" not in shards.info:
+        training = Part(shards.labelled_by(label), pictures.size) if isinstance(shards, ShardSet) else None
+        return Gallery(judge, pictures, training, None, None)
+    found = pictures_behind(shards, [Path(shards.info["latents"]["autoencoder"]), Path(section.features)])
+    training = None if found is None else Part(found.labelled_by(label), pictures.size)
+    autoencoder = autoencoder_of(shards)
+    made_by = fingerprint(autoencoder)
+    nn.Module.to(autoencoder, device)  # diffusers' own is not typed
+    return Gallery(judge, pictures, training, autoencoder, made_by)
+
+
+def _pictures_of(section: EvaluationSection, shards: ShardSet, held_out: Part) -> ShardSet:
+    """Return the held-out pictures: the samples themselves, or what their latents were made of."""
+    if "latents" not in shards.info:
+        if section.pictures is not None:
+            raise ConfigError("evaluation.pictures: has no effect, as held_out holds no latents; remove it")
+        return held_out.shards
+    if section.pictures is None:
+        raise ConfigError(
+            "evaluation.pictures: is needed, as held_out holds latents; give the pictures they were made of"
+        )
+    pictures = _opened("pictures", section.pictures, CLASS)
+    if pictures.fingerprint != held_out.shards.info.get("encoded_from"):
+        raise ConfigError(
+            f"evaluation.pictures: {section.held_out} was not encoded from {section.pictures}; give the "
+            "pictures it was encoded from, or encode these"
+        )
+    return pictures
+
+
+def _judge(
+    section: EvaluationSection, pictures: Part, *, label: str, device: torch.device, conditional: bool
+) -> Judge:
+    """Return the judge of the named features; a classifier that knows the classes tells them, too."""
+    assert section.features is not None
+    run = Path(section.features)
+    features = features_named(section.features, device=device)
+    knows = run.is_dir() and run_recipe(run)["data"].get("label", CLASS) == label
+    told = knows and conditional and pictures.shards.label_numbers
+    return Judge(features, classifier_of(run).to(device) if told else None)
+
+
+def _opened(name: str, place: str | Path, label: str) -> ShardSet:
+    try:
+        return ShardSet.open(place).labelled_by(label)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"evaluation.{name}: {error}") from error
+
+
+@contextmanager
+def _mean_of(run: Run) -> Iterator[None]:
+    """Let a run's model hold the mean weights and be in evaluation."""
+    with run.ema.swapped_in(refresh=run.strategy.refresh):
+        run.model.eval()
+        try:
+            yield
+        finally:
+            run.model.train()
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _write(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the lines, whole or not at all."""
+    if rows or file.exists():
+        write_atomically(file, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+
+
+def _in_words(row: dict[str, Any]) -> str:
+    loss = "not finite" if row["loss"] is None else f"{row['loss']:.4g}"
+    distances = ", ".join(f"{each['frechet']:.4g} in {each['nfe']}" for each in row.get("rows", ()))
+    return f"step {row['step']}: held-out loss {loss}" + (
+        f"; Fréchet distance {distances}" if distances else ""
+    )
