@@ -61,7 +61,7 @@ class Pixels:
 
     channels: int = 3
     extensions: Collection[str] = PICTURES
-    workers = 2
+    workers = 4
 
     def __call__(self, sample: Sample) -> dict[str, np.ndarray]:
         """Decode the sample's one picture."""

@@ -15,6 +15,7 @@ from functools import lru_cache
 from itertools import chain
 
 import numpy as np
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 PICTURES = ("png", "jpg", "jpeg", "webp")
@@ -24,6 +25,7 @@ _MODES = {1: "L", 3: "RGB"}
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 # So do numpy's, for a damaged header.
 NO_ARRAY = (EOFError, OSError, ValueError, SyntaxError, tokenize.TokenError)
+_JPEG = b"\xff\xd8"
 _NPY_VERSION_1 = b"\x93NUMPY\x01\x00"
 
 
@@ -58,8 +60,25 @@ def with_channels(image: Image.Image, channels: int) -> Image.Image:
 
 def read_pixels(data: Bytes, channels: int) -> np.ndarray:
     """Decode a picture to uint8 (C, H, W), a view of the picture's own (H, W, C)."""
+    if channels == 3 and data[:2] == _JPEG and (colours := _read_jpeg(data)) is not None:
+        return colours.transpose(2, 0, 1)
     pixels = np.asarray(with_channels(open_picture(data), channels))
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def _read_jpeg(data: Bytes) -> np.ndarray | None:
+    """Decode an ordinary JPEG to (H, W, 3), to the same values as Pillow; it lets other threads run.
+
+    Returns nothing where Pillow has to look: it is damaged, of four colours, or larger than Pillow allows.
+    """
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        most = Image.MAX_IMAGE_PIXELS or math.inf
+        if colours not in ("YCbCr", "Gray") or int(height) * int(width) > most:
+            return None
+        return simplejpeg.decode_jpeg(data, "RGB")
+    except ValueError:
+        return None
 
 
 def read_npy(data: Bytes) -> np.ndarray:

@@ -66,7 +66,7 @@ def message(file: Path, *overrides: str) -> str:
 MISTAKES = {
     # unknown keys: at the top, in a section, in a plug-in, inside a member of a union
     "optimiser.lr=1": "optimiser: no such key; did you mean 'optimizer'? "
-    "(there are: data, ema, model, objective, optimizer, seed, strategy, teacher, training)",
+    "(there are: data, ema, evaluation, model, objective, optimizer, seed, strategy, teacher, training)",
     "training.step=3": "training.step: no such key; did you mean 'steps'? "
     "(there are: accumulation, attention, channels_last, compile, keep, log_every, non_finite, precision, "
     "recompute_every, save_every, save_in_background, spike_factor, steps)",
@@ -149,7 +149,7 @@ def test_several_mistakes_are_told_at_once(tmp_path: Path) -> None:
         "optimizer: missing; this key is required",
         "training: missing; this key is required",
         "sede: no such key; did you mean 'seed'? "
-        "(there are: data, ema, model, objective, optimizer, seed, strategy, teacher, training)",
+        "(there are: data, ema, evaluation, model, objective, optimizer, seed, strategy, teacher, training)",
     ]
 
 

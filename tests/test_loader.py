@@ -17,7 +17,7 @@ from PIL import Image
 
 from driftmap.data.batch import Batches, Stream, ordered
 from driftmap.data.decode import Moments, Pixels, Points, find_decoder
-from driftmap.data.members import npy_bytes
+from driftmap.data.members import npy_bytes, read_pixels
 from driftmap.data.reader import Reader
 from driftmap.data.shards import ShardWriter, index_shards
 
@@ -210,6 +210,25 @@ def test_samples_of_two_shapes_are_both_named(tmp_path):
     shards = write(tmp_path, samples)
     with pytest.raises(ValueError, match=r"tar: 2 has shape \(1, 2, 2\) but \S+tar: 3 has \(1, 3, 2\)"):
         next(ordered(shards, 2))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("settings", [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}])
+@pytest.mark.parametrize("size", [(1, 1), (17, 31), (64, 48)])
+def test_a_jpeg_is_what_pillow_makes_of_it(mode, settings, size):
+    noise = np.random.default_rng(0).integers(0, 256, (5, 5, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).resize(size).convert(mode).save(file, "JPEG", **settings)
+    expected = np.asarray(Image.open(file).convert("RGB")).transpose(2, 0, 1)
+    assert np.array_equal(read_pixels(file.getvalue(), 3), expected)
+
+
+@pytest.mark.parametrize("keep", [3, 100, 300])
+def test_a_jpeg_that_is_cut_off_says_so(keep):
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(file, "JPEG")
+    with pytest.raises(ValueError, match=f"the {keep} bytes are no"):
+        read_pixels(file.getvalue()[:keep], 3)
 
 
 def test_a_missing_label_is_named(tmp_path):

@@ -2,8 +2,8 @@
 
 A run is a folder. `driftmap train CONFIG` checks the config (config.py, recipe.py), builds everything that
 trains (build.py) and enters the loop (loop.py): take a batch, ask the task for its losses, go backward,
-step; then the hooks, in order: EMA, stop, guard, log, checkpoint, progress. The same command on the same
-folder goes on at the next sample, on any number of processes, under any strategy.
+step; then the hooks, in order: EMA, guard, validation, stop, log, checkpoint, progress. The same command on
+the same folder goes on at the next sample, on any number of processes, under any strategy.
 
     config.py      YAML and key=value overrides -> checked objects; every message names the key
     recipe.py      one frozen class per section; the rules across sections
@@ -33,6 +33,7 @@ folder goes on at the next sample, on any number of processes, under any strateg
     hooks.py  log.py  progress.py
     cost.py        bytes and operations of a recipe
     evaluate.py    quality against number of evaluations
+    validation.py  evaluation while a run trains; held_out.py: on what, and compared with what
     features.py    the networks that it sees with; judge.py: what it keeps of what it sees
     references.py  the real pictures, measured once; metrics/: the distances
     likelihood.py  bounds and densities of data; measuring.py: over a whole set; rate_distortion.py

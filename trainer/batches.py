@@ -36,7 +36,7 @@ def batches_of(
         batches = Resampled(shards, stream, num_classes=num_classes, start=start)
     else:
         replacing = quarantine if data.max_bad_fraction else None
-        batches = Batches(shards, stream, start=start, quarantine=replacing)
+        batches = Batches(shards, stream, start=start, workers=data.workers, quarantine=replacing)
     tell = tells_bad_samples(folder, batch_size=data.batch_size)
     return AgreedBatches(
         batches, shards, world, quarantine=quarantine, max_bad_fraction=data.max_bad_fraction, tell=tell

@@ -45,7 +45,7 @@ from .strategy import strategy_of, trainable
 
 # What changes nothing about the weights, or only when training ends.
 MAY_CHANGE = re.compile(
-    r"strategy\.|evaluation\.|data\.(cache|max_bad_fraction)|ema\.snapshot_every\."
+    r"strategy\.|evaluation\.|data\.(cache|workers|max_bad_fraction)|ema\.snapshot_every\."
     r"|training\.(steps|accumulation|save_every|save_in_background|keep|log_every|non_finite|spike_factor"
     r"|recompute_every|compile|attention)\."
 )
@@ -57,8 +57,8 @@ def train(recipe: Recipe, folder: Path) -> Run:
     with run.batches, stop_at_signals(run) as stop, show_progress(run) as show:
         saver = Saver()
         run.batches.before_stop = lambda: saver.finish(run)
-        # A signal during a validation stops the run at that step. The journal has to know of a stop, and comes
-        # before the checkpoint: see log.py.
+        # A signal in a validation stops the run there. The journal has to know of a stop, and comes before
+        # the checkpoint: see log.py.
         run.hooks += [update_ema, Guard(saver), *_validation(run), stop]
         run.hooks += [Journal(run), Snapshots(run), saver, show]
         run.train()
@@ -129,7 +129,7 @@ def check_inputs(recipe: Recipe) -> None:
     check_compatibility(recipe, model)
     _teacher(recipe, model, shards, torch.device("cpu"), shard=None)
     if recipe.evaluation is not None:
-        from .validation import gallery_of, held_out_of
+        from .held_out import gallery_of, held_out_of
 
         held_out = held_out_of(recipe, model, network, shards)
         gallery_of(recipe, model, shards, held_out, device=torch.device("cpu"))

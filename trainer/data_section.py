@@ -51,6 +51,7 @@ class DataSection:
     window: Annotated[int, Field(ge=0)] = 0  # shards shuffled together; 0: all
     label: str = CLASS
     max_bad_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    workers: Annotated[int, Field(ge=0)] | None = None  # decoding threads; None: as many as pay
     cache: Path | None = None  # None: $DRIFTMAP_CACHE, or a folder for temporary files
     cache_bytes: Positive | None = None  # None: $DRIFTMAP_CACHE_BYTES, or half of the free space
 
@@ -94,6 +95,7 @@ class DataSection:
         else:
             names = ("window", "cache", "cache_bytes", "max_bad_fraction", "mixture", "balance")
             useless = [name for name in names if getattr(self, name)]
+            useless += ["workers"] if self.workers is not None else []
         if useless:
             raise ValueError(f"{useless[0]} has no effect in the order {self.order}; remove it")
         local = all(isinstance(place, Path) for place in self._places)

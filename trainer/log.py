@@ -103,7 +103,8 @@ class Journal:
         self.board = Board(run.folder / "tensorboard", step=run.step)
 
     def _mark(self, run: Run) -> None:
-        self.since, self.step, self.waited_s = time.monotonic(), run.step, run.batches.wait_s
+        self.since, self.step = time.monotonic() - run.evaluated_s, run.step
+        self.waited_s = run.batches.wait_s
 
     def __call__(self, run: Run, losses: dict[str, Tensor]) -> None:
         """Count the losses; write them where a line is due."""
@@ -112,7 +113,7 @@ class Journal:
             self._tell(run)
 
     def _tell(self, run: Run) -> None:
-        elapsed = time.monotonic() - self.since
+        elapsed = time.monotonic() - run.evaluated_s - self.since
         values: dict[str, Any] = self.means.take(run.strategy.world)
         if run.strategy.grad_norm is not None:
             values["grad_norm"] = run.strategy.grad_norm  # of the last step that changed the weights

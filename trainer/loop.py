@@ -70,6 +70,7 @@ class Run:
     hooks: list[Hook] = field(default_factory=list)
     step: int = 0
     stop_asked: bool = False
+    evaluated_s: float = 0.0  # spent on evaluations, which rates leave out
     signals: list[int] = field(default_factory=list)  # to stop, that have come to this process
     latest: dict[str, float] = field(default_factory=dict)  # the last logged values
 

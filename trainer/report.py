@@ -26,6 +26,7 @@ from .likelihood_tables import likelihoods
 
 METRICS = ("frechet", "ratio", "kernel", "endpoint_error", "seconds_per_sample")
 ABOUT = ("model", "nfe", "sampler", "caption_gain_error")
+COMPARABLE = ("features_hash", "num_samples", "guidance", "reference")  # lines of validation.jsonl
 RUN_PARTS = ("recipe.yaml", "versions.json", "log.jsonl", "samples")
 GRID_GAP = 2  # pixels between two images of a grid, transparent so that they suit a light and a dark page
 
@@ -94,7 +95,7 @@ def read_run(folder: Path, name: str, evaluation: Path | None) -> dict[str, Any]
         "log": log,
         "unreadable": unreadable,
         "not_finite": sum(not math.isfinite(y) for y in points(log, "step", "loss")[1]),
-        "charts": log_charts(log),
+        "charts": log_charts(log) + validation_charts(read_log(folder / "validation.jsonl")[0]),
         "samples": read_samples(folder / "samples"),
         "recipe": recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
         "versions": read_json(versions) if versions.is_file() else {},
@@ -185,6 +186,30 @@ def log_charts(log: Sequence[Row]) -> list[tuple[str, Markup]]:
             x, y = map(means, points(log, "step", key))
             lines.append(Line(label, x, y, colour, "-" if x[1:] else "."))
         drawn.append((title, chart(lines, "step")))
+    return drawn
+
+
+def validation_charts(rows: Sequence[Row]) -> list[tuple[str, Markup]]:
+    """Draw what the mean weights did while the run trained: held-out loss, distances like the last one's."""
+    losses = points(rows, "step", "loss")
+    drawn = []
+    if losses[0]:
+        line = Line("loss", *losses, COLOURS["series-0"], "o-")
+        drawn.append(("Held-out loss of the mean weights", chart([line], "step")))
+    tables = [row for row in rows if row.get("rows")]
+    alike = [row for row in tables if all(row.get(key) == tables[-1].get(key) for key in COMPARABLE)]
+    if alike:
+        by_nfe: dict[int, list[Row]] = {}
+        for row in alike:
+            for each in row["rows"]:
+                by_nfe.setdefault(each["nfe"], []).append({"step": row["step"], **each})
+        lines = [
+            Line(f"in {nfe}", *points(each, "step", "frechet"), COLOURS[f"series-{place % 6}"], "o-")
+            for place, (nfe, each) in enumerate(sorted(by_nfe.items()))
+        ]
+        for style, (name, floor) in zip(("--", ":"), sorted(alike[-1]["floor"].items()), strict=False):
+            lines.append(Line(f"floor: {name}", [], [floor["frechet"]], COLOURS["ink-soft"], style))
+        drawn.append((f"Fréchet distance of the mean weights, {alike[-1]['features']}", chart(lines, "step")))
     return drawn
 
 

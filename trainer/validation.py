@@ -19,34 +19,27 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..data.labels import CAPTION, CLASS
-from ..data.shards import ShardSet, write_atomically
+from ..data.shards import write_atomically
 from ..models.autoencoder import decode_latents
 from ..models.flow_map import FlowMap, Velocity
 from ..models.samplers import sampler_of
-from .build import run_recipe, settings_of_run
-from .checkpoint import fingerprint
-from .config import ConfigError
-from .encode import autoencoder_of
+from .build import settings_of_run
 from .evaluate import noise_of
-from .features import classifier_of, features_named
-from .fit import check_data
 from .guiding import guided, usual_sampler
-from .judge import Judge, Meter, Prompts
+from .held_out import Gallery, gallery_of, held_out_of
+from .judge import Meter
 from .loop import Run, Task
 from .objective import Batch, Tangent
-from .recipe import EvaluationSection, Recipe, objective_name
-from .references import Dealer, Part, References, Stopped, default_folder, key_of, pictures_behind
+from .recipe import EvaluationSection, objective_name
+from .references import Dealer, Stopped, key_of
 
 SEED = 0  # of the samples' noise, as `driftmap evaluate` has it
 
@@ -75,21 +68,6 @@ class Sampling:
         cost = sampler.evaluations * getattr(velocity, "evaluations", 1)
         grid = sampler.grid(self.nfe // cost).to(noise.device)
         return {"samples": sampler.sample(velocity, noise, grid=grid, condition=batch.condition)}
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """What samples are compared by, and with: held-out pictures, and training ones if they are at hand."""
-
-    judge: Judge
-    pictures: Part
-    training: Part | None
-    autoencoder: AutoencoderKL | None
-    autoencoder_hash: str | None
-
-    def references(self, dealer: Dealer) -> References:
-        """Return what a judge saw of the pictures, measured once."""
-        return References(self.judge, dealer, default_folder(), self.autoencoder, self.autoencoder_hash)
 
 
 class Validation:
@@ -127,7 +105,10 @@ class Validation:
                 told = self._losses() | (self._quality(self._gallery) if self._gallery else {})
         except Stopped:
             return
-        row = {"step": run.step, "samples": run.samples, **told, "seconds": time.monotonic() - began}
+        finally:
+            seconds = time.monotonic() - began
+            run.evaluated_s += seconds
+        row = {"step": run.step, "samples": run.samples, **told, "seconds": seconds}
         world.first(lambda: _write(self.file, [*_rows(self.file), row]))
         if world.rank == 0:
             Console(stderr=True).print(_in_words(row), markup=False, highlight=False, soft_wrap=True)
@@ -162,7 +143,7 @@ class Validation:
         meters = {nfe: Meter(judge, section.num_samples) for nfe in section.nfe}
         for places, mine in self._dealer.in_step(section.num_samples):
             batch = self._batch(places) | {"index": torch.from_numpy(places)}
-            prompts = gallery.pictures.prompts(places, judge, world.device)
+            prompts = gallery.asked.prompts(places, judge, world.device)
             for nfe, meter in meters.items():
                 pictures = self._pictures(Sampling(sampler, nfe, section.guidance), batch, gallery)
                 if mine:
@@ -200,100 +181,6 @@ class Validation:
         if gallery.autoencoder is not None:
             return decode_latents(gallery.autoencoder, samples)
         return samples.clamp(-1, 1)
-
-
-def held_out_of(recipe: Recipe, model: nn.Module, network: dict[str, Any], shards: ShardSet) -> Part:
-    """Return the held-out samples of a recipe; ConfigError where they are not of the kind of `shards`."""
-    section = recipe.evaluation
-    assert section is not None
-    held_out = _opened("held_out", section.held_out, shards.label)
-    if held_out.fingerprint == shards.fingerprint:
-        raise ConfigError(
-            f"evaluation.held_out: {section.held_out} holds what the run is trained on; give samples that it "
-            "does not see (`driftmap shards make --held-out` keeps some back)"
-        )
-    for name in ("encoder", "text"):
-        theirs, ours = held_out.info.get(name), shards.info.get(name)
-        if theirs != ours:
-            raise ConfigError(
-                f"evaluation.held_out: the {name} of {section.held_out} is {theirs}, that of the training "
-                f"data is {ours}; encode the held-out pictures as those were"
-            )
-    check_data(model, network, held_out, name="evaluation.held_out: the model")
-    return Part(held_out, min(section.num_samples, held_out.num_samples))
-
-
-def gallery_of(
-    recipe: Recipe, model: nn.Module, shards: ShardSet, held_out: Part, *, device: torch.device
-) -> Gallery | None:
-    """Return what samples are compared by and with, None where no features are named."""
-    section = recipe.evaluation
-    assert section is not None
-    if section.features is None:
-        return None
-    if not isinstance(model, FlowMap):
-        raise ConfigError(
-            f"evaluation.features: the objective {objective_name(recipe.objective)!r} makes no samples to "
-            "compare; remove it, the held-out loss stays"
-        )
-    try:
-        guided(model, section.guidance)
-    except ConfigError as error:
-        raise ConfigError(f"evaluation.guidance: {error}") from error
-    label = CLASS if shards.label == CAPTION else shards.label  # a caption tells the class, too
-    pictures = Part(_pictures_of(section, shards, held_out).labelled_by(label), held_out.size)
-    try:
-        judge = _judge(section, pictures, label=label, device=device, conditional=bool(model.null_condition))
-        pictures.shape  # noqa: B018 - raises where they are no pictures
-    except ValueError as error:
-        raise ConfigError(f"evaluation.features: {error}") from error
-    if "latents" not in shards.info:
-        training = Part(shards.labelled_by(label), pictures.size) if isinstance(shards, ShardSet) else None
-        return Gallery(judge, pictures, training, None, None)
-    found = pictures_behind(shards, [Path(shards.info["latents"]["autoencoder"]), Path(section.features)])
-    training = None if found is None else Part(found.labelled_by(label), pictures.size)
-    autoencoder = autoencoder_of(shards)
-    made_by = fingerprint(autoencoder)
-    nn.Module.to(autoencoder, device)  # diffusers' own is not typed
-    return Gallery(judge, pictures, training, autoencoder, made_by)
-
-
-def _pictures_of(section: EvaluationSection, shards: ShardSet, held_out: Part) -> ShardSet:
-    """Return the held-out pictures: the samples themselves, or what their latents were made of."""
-    if "latents" not in shards.info:
-        if section.pictures is not None:
-            raise ConfigError("evaluation.pictures: has no effect, as held_out holds no latents; remove it")
-        return held_out.shards
-    if section.pictures is None:
-        raise ConfigError(
-            "evaluation.pictures: is needed, as held_out holds latents; give the pictures they were made of"
-        )
-    pictures = _opened("pictures", section.pictures, CLASS)
-    if pictures.fingerprint != held_out.shards.info.get("encoded_from"):
-        raise ConfigError(
-            f"evaluation.pictures: {section.held_out} was not encoded from {section.pictures}; give the "
-            "pictures it was encoded from, or encode these"
-        )
-    return pictures
-
-
-def _judge(
-    section: EvaluationSection, pictures: Part, *, label: str, device: torch.device, conditional: bool
-) -> Judge:
-    """Return the judge of the named features; a classifier that knows the classes tells them, too."""
-    assert section.features is not None
-    run = Path(section.features)
-    features = features_named(section.features, device=device)
-    knows = run.is_dir() and run_recipe(run)["data"].get("label", CLASS) == label
-    told = knows and conditional and pictures.shards.label_numbers
-    return Judge(features, classifier_of(run).to(device) if told else None)
-
-
-def _opened(name: str, place: str | Path, label: str) -> ShardSet:
-    try:
-        return ShardSet.open(place).labelled_by(label)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"evaluation.{name}: {error}") from error
 
 
 @contextmanager
