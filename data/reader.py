@@ -143,9 +143,11 @@ class Reader:
     def not_finite(self, samples: np.ndarray) -> str | None:
         """Return the name of the first of these samples whose arrays hold numbers that are not finite."""
         shards, rows = self._located(samples)
+        if all(self.index(shard).all_finite for shard in set(shards.tolist())):
+            return None
         for shard, chosen in _groups(shards):
-            index = self.index(shard)
-            if not index.all_finite and not (finite := index.finite[rows[chosen]]).all():
+            finite = self.index(shard).finite[rows[chosen]]
+            if not finite.all():
                 sample = int(samples[chosen[np.flatnonzero(~finite)[0]]])
                 return f"{self.shards.shards[shard]}: {self.key(sample)}"
         return None
