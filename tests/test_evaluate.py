@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from driftmap.models.denoiser import Guided
+from driftmap.models.denoiser import Denoiser, Guided
 from driftmap.models.flow_map import FlowMap
+from driftmap.models.schedule import LinearBetas
 from driftmap.trainer.evaluate import noise_of, sample_noise, samplers
 from driftmap.trainer.features import CaptionJudge, Features
 from driftmap.trainer.judge import Judge, Meter, Prompts
@@ -28,6 +29,23 @@ def test_the_single_step_of_the_teacher_is_always_there():
     for teacher, single in ((model, 1), (Guided(model, 2.0, null_condition=0), 2)):
         rows = [(name, nfe) for name, _, nfe, _ in samplers(teacher, model, [4, 8], 16)]
         assert rows == [("teacher", nfe) for nfe in (16, single, 4, 8)] + [("student", 4), ("student", 8)]
+
+
+def test_a_denoiser_is_never_asked_at_time_0_where_ddpm_trains_none():
+    asked = []
+
+    class Backbone(GaussianBackbone):
+        def forward(self, x, s, t, condition=None):
+            asked.append(s.min().item())
+            return torch.zeros_like(x)
+
+    model = Denoiser(Backbone(), LinearBetas(num_steps=100), prediction="noise")
+    rows = list(samplers(model, model, [1, 4], 16))
+    assert [row[:3] for row in rows[:2]] == [("teacher", "dpm_solver", 16), ("teacher", "ddim", 1)]
+    for _, _, nfe, sample in rows:
+        asked.clear()
+        sample(torch.ones(2, *model.sample_shape), None)
+        assert len(asked) == nfe and min(asked) > 0
 
 
 def test_sample_i_is_the_same_in_any_set():

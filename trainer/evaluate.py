@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,9 @@ from torch import Tensor
 
 from ..models.autoencoder import decode_latents
 from ..models.condition import Condition
+from ..models.denoiser import Denoiser
 from ..models.flow_map import FlowMap, Velocity
-from ..models.samplers import euler, heun, jump, time_grid
+from ..models.samplers import ddim, dpm_solver, euler, heun, jump, time_grid
 from .config import ConfigError
 from .judge import MOST_KEPT, Meter, Seen
 from .metrics.blindness import blind_metrics
@@ -72,15 +74,23 @@ def samplers(
     """Yield (model, sampler, nfe, function) of every row: first the teacher at `many`, then each nfe.
 
     A guided teacher costs two evaluations a velocity; a row whose nfe it cannot meet exactly is left out. Its
-    single step is always there: by it metrics show that they see.
+    single step is always there: by it metrics show that they see. A denoiser takes its own steps, and not
+    Heun's, which end in its velocity at t = 0, where DDPM trains no network.
     """
     cost = getattr(teacher, "evaluations", 1)
-    yield "teacher", "heun", many, _bound(heun, teacher, many // (2 * cost), device)
+    fine, coarse, of_fine = heun, euler, 2
+    if isinstance(student, Denoiser):
+        fine, coarse, of_fine = partial(dpm_solver, path=student.path), partial(ddim, path=student.path), 1
+    yield "teacher", _name(fine), many, _bound(fine, teacher, many // (of_fine * cost), device)
     for count in sorted({cost, *nfe}):
         if count % cost == 0:
-            yield "teacher", "euler", count, _bound(euler, teacher, count // cost, device)
+            yield "teacher", _name(coarse), count, _bound(coarse, teacher, count // cost, device)
     for count in nfe:
         yield "student", "jump", count, _bound(jump, student, count, device)
+
+
+def _name(sampler: Any) -> str:
+    return getattr(sampler, "func", sampler).__name__
 
 
 def _bound(sampler: Callable[..., Tensor], model: Any, num_steps: int, device: torch.device | str) -> Sampler:
