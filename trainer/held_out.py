@@ -13,6 +13,7 @@ from torch import nn
 
 from ..data.labels import CAPTION, CLASS
 from ..data.shards import ShardSet
+from ..data.stream import ShardStream
 from ..models.flow_map import FlowMap
 from .build import run_recipe
 from .checkpoint import fingerprint
@@ -89,7 +90,8 @@ def gallery_of(
     except ValueError as error:
         raise ConfigError(f"evaluation.features: {error}") from error
     if "latents" not in shards.info:
-        training = Part(shards.labelled_by(label), pictures.size) if isinstance(shards, ShardSet) else None
+        counted = not isinstance(shards, ShardStream)
+        training = Part(shards.labelled_by(label), pictures.size) if counted else None
         return Gallery(judge, asked, pictures, training, None, None)
     found = pictures_behind(shards, [Path(shards.info["latents"]["autoencoder"]), Path(section.features)])
     training = None if found is None else Part(found.labelled_by(label), pictures.size)
