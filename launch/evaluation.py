@@ -22,7 +22,7 @@ from ..trainer.config import ConfigError
 from ..trainer.encode import autoencoder_of, text_encoder_of
 from ..trainer.evaluate import Subject, evaluate
 from ..trainer.features import CaptionJudge, classifier_of, features_named
-from ..trainer.guiding import guided
+from ..trainer.guiding import guided, usual_sampler
 from ..trainer.hooks import signals_received
 from ..trainer.judge import Judge
 from ..trainer.references import Dealer, Part, References, default_folder, pictures_behind
@@ -104,10 +104,12 @@ def evaluate_run(request: EvaluationRequest, out: Path) -> dict[str, Any]:
         many=request.many,
         num_samples=request.num_samples,
         seed=request.seed,
+        jumps=usual_sampler(recipe["objective"]["name"], guidance=1.0) == "jump",
     )
     with signals_received() as received:
         dealer = Dealer(world, request.batch_size, received)
-        references = _references(request, held_out, autoencoder, dealer)
+        conditional = student.null_condition is not None
+        references = _references(request, held_out, autoencoder, dealer, conditional=conditional)
         evaluation, pictures = evaluate(subject, references, held_out=held_out, training=training)
     evaluation |= {"guidance": guidance, "guidance_interval": interval, "guidance_rescale": rescale}
     world.first(lambda: _write(request.run, out, evaluation, pictures))
@@ -197,15 +199,20 @@ def _training(request: EvaluationRequest, latents: ShardSet) -> ShardSet:
 
 
 def _references(
-    request: EvaluationRequest, held_out: Part, autoencoder: AutoencoderKL | None, dealer: Dealer
+    request: EvaluationRequest,
+    held_out: Part,
+    autoencoder: AutoencoderKL | None,
+    dealer: Dealer,
+    *,
+    conditional: bool,
 ) -> References:
-    """Return what judges, and what it is to judge."""
+    """Return what judges, and what it is to judge; no classes of samples that were asked for none."""
     device = dealer.world.device
     features = features_named(request.features, device=device)
     probe = _probe(request, held_out.shards.label)
     judge = Judge(
         features,
-        classifier_of(probe).to(device) if probe and held_out.shards.label_numbers else None,
+        classifier_of(probe).to(device) if probe and conditional and held_out.shards.label_numbers else None,
         CaptionJudge.of(request.captions, device=device) if request.captions else None,
     )
     folder = request.references or default_folder()

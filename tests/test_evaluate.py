@@ -31,6 +31,12 @@ def test_the_single_step_of_the_teacher_is_always_there():
         assert rows == [("teacher", nfe) for nfe in (16, single, 4, 8)] + [("student", 4), ("student", 8)]
 
 
+def test_a_run_without_jumps_is_only_a_teacher():
+    model = FlowMap(GaussianBackbone())
+    rows = [(name, nfe) for name, _, nfe, _ in samplers(model, model, [1, 4], 16, jumps=False)]
+    assert rows == [("teacher", 16), ("teacher", 1), ("teacher", 4)]
+
+
 def test_a_denoiser_is_never_asked_at_time_0_where_ddpm_trains_none():
     asked = []
 

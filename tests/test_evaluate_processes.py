@@ -63,7 +63,7 @@ def scene(tmp_path_factory):
     sees = {"name": "convnet", "channels": 1, "width": 8, "hidden": 8, "num_classes": 2}
     trained(place / "classifier", training, sees, "classifier")
     size = {"sample_size": 8, "in_channels": 1, "patch_size": 4, "width": 16, "depth": 1, "num_heads": 2}
-    trained(place / "run", training, {"name": "dit", "num_classes": 2, **size}, "flow_matching")
+    trained(place / "run", training, {"name": "dit", "num_classes": 2, **size}, "semigroup")
     return place
 
 

@@ -61,6 +61,13 @@ def test_the_distances_of_comparable_runs_stand_in_one_table_and_their_teacher_o
     assert all(section.count(f">{name}</text>") == 2 for name in rows), "each is in both legends"
 
 
+def test_runs_that_learned_no_jumps_stand_under_their_own_names(runs: list[Path]):
+    for run in runs[:2]:
+        rows = json.loads((run / "evaluation.json").read_text())["rows"]
+        change(run, rows=[row for row in rows if row["model"] == "teacher"])
+    assert list(table_of(side_by_side(text_of(runs[:2])))) == ["eulerian", "lagrangian"]
+
+
 def test_what_was_seen_by_other_eyes_stands_alone(runs: list[Path]):
     section = side_by_side(text_of(runs))
     assert "semigroup" not in table_of(section)

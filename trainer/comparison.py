@@ -70,16 +70,25 @@ def _group(runs: list[Row]) -> dict[str, Any]:
 
 
 def _columns(runs: list[Row]) -> dict[str, list[Row]]:
-    """Give the rows of every student by its run's name, then those of teachers, each that differs."""
+    """Give every run's rows by its name, then those of teachers, each that differs.
+
+    A run without a student's rows is a teacher itself.
+    """
     found: dict[str, list[Row]] = {}
     teachers: dict[str, tuple[str, list[Row]]] = {}
     for run in runs:
         rows = run["evaluation"]["rows"]
-        found[run["name"]] = [row for row in rows if row["model"] == "student"]
+        learned = [row for row in rows if row["model"] == "student"]
         taught = [row for row in rows if row["model"] == "teacher"]
+        found[run["name"]] = learned or taught
+        if not learned:
+            continue
         told = repr([(row["nfe"], row.get("frechet")) for row in taught])
         teachers.setdefault(told, (f"teacher of {run['name']}", taught))
-    found |= dict(teachers.values()) if len(teachers) > 1 else {"the teacher": [*teachers.values()][0][1]}
+    if len(teachers) == 1:
+        found["the teacher"] = next(iter(teachers.values()))[1]
+    else:
+        found |= dict(teachers.values())
     return {name: rows for name, rows in found.items() if rows}
 
 

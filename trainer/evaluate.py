@@ -42,7 +42,8 @@ SHOWN = 40  # pictures of a grid
 class Subject:
     """What is evaluated: a teacher and a student from the same noise and the same conditions.
 
-    `condition` gives the conditions of samples by their numbers.
+    `condition` gives the conditions of samples by their numbers. A run that has learned no `jumps` is only a
+    teacher.
     """
 
     teacher: Velocity
@@ -52,6 +53,7 @@ class Subject:
     many: int
     num_samples: int
     seed: int
+    jumps: bool = True
 
 
 @dataclass
@@ -69,7 +71,13 @@ class Row:
 
 
 def samplers(
-    teacher: Velocity, student: FlowMap, nfe: list[int], many: int, *, device: torch.device | str = "cpu"
+    teacher: Velocity,
+    student: FlowMap,
+    nfe: list[int],
+    many: int,
+    *,
+    jumps: bool = True,
+    device: torch.device | str = "cpu",
 ) -> Iterator[tuple[str, str, int, Sampler]]:
     """Yield (model, sampler, nfe, function) of every row: first the teacher at `many`, then each nfe.
 
@@ -85,7 +93,7 @@ def samplers(
     for count in sorted({cost, *nfe}):
         if count % cost == 0:
             yield "teacher", _name(coarse), count, _bound(coarse, teacher, count // cost, device)
-    for count in nfe:
+    for count in nfe if jumps else ():
         yield "student", "jump", count, _bound(jump, student, count, device)
 
 
@@ -108,7 +116,14 @@ def evaluate(
     judge, world = references.judge, references.dealer.world
     real, other = references.seen(held_out), references.seen(training)
     restored = references.seen(held_out, reconstructed=True) if references.autoencoder else None
-    named = samplers(subject.teacher, subject.student, subject.nfe, subject.many, device=world.device)
+    named = samplers(
+        subject.teacher,
+        subject.student,
+        subject.nfe,
+        subject.many,
+        jumps=subject.jumps,
+        device=world.device,
+    )
     rows = [Row(*each, Meter(judge, subject.num_samples)) for each in named]
     for numbers in references.dealer(subject.num_samples):
         _sample(subject, references, held_out, numbers, rows)
