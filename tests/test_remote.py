@@ -208,6 +208,7 @@ def test_a_data_set_on_the_hub(local, tmp_path):
         # The client reads these when it is imported, so it is another process.
         place = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
         place |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_TOKEN": "hf_test"}
+        place |= {"HF_HUB_OFFLINE": "0"}  # whatever the tests themselves run under
         command = [sys.executable, "-c", textwrap.dedent(code), str(local.folder), str(tmp_path / "cache")]
         environment = {**os.environ, **place, "PYTHONPATH": str(Path(__file__).parent)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
