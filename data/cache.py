@@ -33,6 +33,12 @@ _TEMPORARY = re.compile(r"(.+)\.(\d+)\.[0-9a-f]{8}\.tmp")
 _POLL_S = 0.01
 
 
+def folder_of_node() -> Path:
+    """Return where the processes of a node keep what they share: DRIFTMAP_CACHE, or a temporary folder."""
+    default = Path(tempfile.gettempdir()) / f"driftmap-cache-{os.getuid()}"
+    return Path(os.environ.get(FOLDER_VARIABLE) or default)
+
+
 class StoppedError(RuntimeError):
     """Whoever wanted the file does not want it any more."""
 
@@ -51,11 +57,8 @@ class Cache:
         The default is `driftmap-cache-USER` in the folder for temporary files, and half of the space that
         is free there or already taken by the cache.
         """
-        if folder is None:
-            default = Path(tempfile.gettempdir()) / f"driftmap-cache-{os.getuid()}"
-            folder = Path(os.environ.get(FOLDER_VARIABLE) or default)
         # A folder of its own: whatever else lies where the user pointed to is neither counted nor removed.
-        folder = folder / "driftmap-shards"
+        folder = (folder or folder_of_node()) / "driftmap-shards"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if max_bytes is None:
             text = os.environ.get(BYTES_VARIABLE)

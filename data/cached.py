@@ -12,10 +12,11 @@ import io
 import mmap
 import os
 import threading
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+from zlib_ng.zlib_ng import crc32
 
 from .cache import Cache
 from .index import Index, index_path, read_index
@@ -175,7 +176,7 @@ def _are_close(spans: Sequence[Span]) -> bool:
 
 def are_whole(members: Sequence[bytes], spans: Sequence[Span]) -> bool:
     """Return whether all members have the checksums of their spans."""
-    return all(zlib.crc32(data) == span[2] for data, span in zip(members, spans, strict=True))
+    return all(crc32(data) == span[2] for data, span in zip(members, spans, strict=True))
 
 
 def _check_members(file: Path, index: Index) -> None:
@@ -189,6 +190,6 @@ def _check_members(file: Path, index: Index) -> None:
     ):
         for row, column in zip(*(index.sizes > 0).nonzero(), strict=True):
             offset, size = int(index.offsets[row, column]), int(index.sizes[row, column])
-            if zlib.crc32(view[offset : offset + size]) != index.crcs[row, column]:
+            if crc32(view[offset : offset + size]) != index.crcs[row, column]:
                 extension = index.extensions[column]
                 raise ConnectionError(f"wrong checksum of {index.key(row)}.{extension}")

@@ -23,11 +23,11 @@ from .card import CARD, describe, salvaged
 from .decode import Moments
 from .encode import NOTE
 from .index import Index, index_path, list_tars, load_index, read_index, scan
-from .labels import json_label, known_fields, names_of
+from .labels import TEXT, json_label, known_fields, names_of
 from .members import PICTURES, check_member, read_label
 from .reader import Sample
 from .shards import ShardSet
-from .text import TEXT, TextDecoder
+from .text import TextDecoder
 
 T = TypeVar("T")
 

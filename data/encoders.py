@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .decode import Decoder, decode_batch, floats
+from .labels import TEXT
 from .reader import Sample
-from .text import TEXT, CaptionPlace
+from .text import CaptionPlace
 
 
 class Encoder(Protocol):

@@ -11,6 +11,12 @@ from typing import Any
 
 CLASS = "cls"
 CAPTION = "text"
+TEXT = "text.npy"  # the encoded caption
+
+
+def member_of(label: str) -> str:
+    """Return the member of a sample that a label is read from."""
+    return {CLASS: CLASS, CAPTION: TEXT}.get(label, "json")
 
 
 def field_of(label: str) -> str:

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from .decode import Batch, BatchDecoder, Decoder, decode_batch
-from .labels import CAPTION, CLASS, json_label
+from .labels import CAPTION, CLASS, json_label, member_of
 from .reader import Reader, Sample
 from .shards import ShardSet
-from .text import TEXT, TextDecoder
+from .text import TextDecoder
 
 
 class Samples:
@@ -25,8 +25,7 @@ class Samples:
     ) -> None:
         self._decoder = decoder
         self.reader = Reader(shards, extensions={*decoder.extensions, CLASS}, evict=evict, stop=stop)
-        member = {CLASS: CLASS, CAPTION: TEXT}.get(shards.label, "json")
-        self._label_reader = Reader(shards, extensions={member}, evict=evict, stop=stop)
+        self._label_reader = Reader(shards, extensions={member_of(shards.label)}, evict=evict, stop=stop)
         self._text = TextDecoder.of(shards) if shards.label == CAPTION else None
 
     def batch(self, numbers: np.ndarray, *, index: np.ndarray) -> Batch:

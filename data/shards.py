@@ -21,7 +21,7 @@ from .cache import Cache
 from .cached import CachedShards
 from .card import CARD, check_names, parse_card, read_card, whole_json, write_dataset_card
 from .index import Index, build_index, index_path, is_sidecar, list_tars, load_index
-from .labels import CAPTION, CLASS, field_of, known_fields, names_of
+from .labels import CAPTION, CLASS, field_of, known_fields, member_of, names_of
 from .remote import Remote, place_of
 from .routed import RoutedShards
 from .writer import ShardWriter, write_atomically, write_shard
@@ -126,7 +126,7 @@ class ShardSet:
 
         Raises `ValueError` where it has no such label.
         """
-        if label == CAPTION and "text.npy" not in self.extensions:
+        if label == CAPTION and member_of(label) not in self.extensions:
             raise ValueError(
                 f"{self.folder} holds no encoded captions for the label {label!r}; make them with "
                 "`driftmap shards encode --text-encoder`"

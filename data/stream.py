@@ -28,7 +28,7 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from .index import list_tars
-from .labels import CAPTION, CLASS, json_label
+from .labels import CLASS, json_label, member_of
 from .members import read_label
 from .reader import Sample
 from .remote import (
@@ -95,7 +95,7 @@ class ShardStream(ShardSet):
     @property
     def label_member(self) -> str:
         """The member that labels are read from."""
-        return {CLASS: CLASS, CAPTION: f"{CAPTION}.npy"}.get(self.label, "json")
+        return member_of(self.label)
 
     def label_of(self, sample: Sample) -> int:
         """Return the label of a sample; `ValueError` names one that has none."""

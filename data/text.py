@@ -13,11 +13,10 @@ from typing import Self
 import numpy as np
 import torch
 
+from .labels import TEXT
 from .members import read_npy
 from .reader import Sample
 from .shards import ShardSet
-
-TEXT = "text.npy"
 
 
 @dataclass(frozen=True)

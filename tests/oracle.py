@@ -13,11 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from driftmap.models.flow_map import FlowMap
-from driftmap.models.path import Path, Prediction, expand
+from driftmap.models.path import Linear, Path, Prediction, Trig, expand
+from driftmap.models.schedule import Cosine, LinearBetas, ScaledLinearBetas
 from driftmap.trainer.objective import Batch
 from driftmap.trainer.seeds import Random
 
 CLASS_MEANS = (-0.6, 1.1)
+PATHS: dict[str, Path] = {
+    "line": Linear(),
+    "quarter circle": Trig(),
+    "linear betas": LinearBetas(),
+    "cosine": Cosine(),
+    "zero terminal": ScaledLinearBetas(zero_terminal_snr=True),
+}
 
 
 class GaussianBackbone(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from driftmap.models.denoiser import Denoiser
-from driftmap.models.path import Linear, Path, Trig
+from driftmap.models.path import Linear, Path
 from driftmap.models.samplers import (
     SAMPLERS,
     ddim,
@@ -26,15 +26,8 @@ from driftmap.models.samplers import (
 )
 from driftmap.models.schedule import Cosine, LinearBetas, ScaledLinearBetas
 from driftmap.trainer.seeds import Random
-from oracle import Posterior, carried
+from oracle import PATHS, Posterior, carried
 
-PATHS: dict[str, Path] = {
-    "line": Linear(),
-    "quarter circle": Trig(),
-    "linear betas": LinearBetas(),
-    "cosine": Cosine(),
-    "zero terminal": ScaledLinearBetas(zero_terminal_snr=True),
-}
 every_path = pytest.mark.parametrize("name", PATHS)
 RANDOM = Random(0, torch.arange(64))
 NOISE = RANDOM.normal("noise", (5,)).double()

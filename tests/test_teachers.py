@@ -14,7 +14,7 @@ from driftmap.models.flow_map import FlowMap
 from driftmap.models.guidance import Autoguided, Rescaled
 from driftmap.models.path import Linear, Trig, expand
 from driftmap.models.samplers import ddim, jump, time_grid
-from driftmap.models.schedule import Cosine, LinearBetas, ScaledLinearBetas
+from driftmap.models.schedule import Cosine, ScaledLinearBetas
 from driftmap.trainer.build import build, load_model, train
 from driftmap.trainer.config import ConfigError, read_config
 from driftmap.trainer.objectives.flow_matching import FlowMatching
@@ -23,16 +23,9 @@ from driftmap.trainer.objectives.semigroup import Semigroup
 from driftmap.trainer.recipe import recipe_from
 from driftmap.trainer.tangent import time_derivative
 from driftmap.trainer.times import Pairs
-from oracle import CLASS_MEANS, Posterior, carried, exact, gaussian_batch
+from oracle import CLASS_MEANS, PATHS, Posterior, carried, exact, gaussian_batch
 from runs import write_config
 
-PATHS: dict[str, Any] = {
-    "line": Linear(),
-    "quarter circle": Trig(),
-    "linear betas": LinearBetas(),
-    "cosine": Cosine(),
-    "zero terminal": ScaledLinearBetas(zero_terminal_snr=True),
-}
 every_path = pytest.mark.parametrize("name", PATHS)
 every_kind = pytest.mark.parametrize("kind", ["noise", "data", "v", "velocity"])
 BATCH = gaussian_batch(64)

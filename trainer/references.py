@@ -7,8 +7,6 @@ or not at all, and a file that is not what was written is measured again.
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..data.cache import FOLDER_VARIABLE
+from ..data.cache import folder_of_node
 from ..data.decode import find_decoder, floats
 from ..data.reader import Reader
 from ..data.samples import Samples
@@ -184,8 +182,7 @@ def key_of(about: dict[str, Any]) -> str:
 
 def default_folder() -> Path:
     """Return where references are kept: beside the cache of shards (DRIFTMAP_CACHE)."""
-    default = Path(tempfile.gettempdir()) / f"driftmap-cache-{os.getuid()}"
-    return Path(os.environ.get(FOLDER_VARIABLE) or default) / "driftmap-references"
+    return folder_of_node() / "driftmap-references"
 
 
 def write_seen(file: Path, seen: Seen, about: dict[str, Any]) -> None:
