@@ -38,7 +38,7 @@ class Decoder(Protocol):
 
 @runtime_checkable
 class BatchDecoder(Protocol):
-    """Decodes whole batches too, faster than one sample after another."""
+    """Decodes whole batches of one member too, faster than one sample after another."""
 
     @property
     def extensions(self) -> Collection[str]:
@@ -47,11 +47,25 @@ class BatchDecoder(Protocol):
 
     @property
     def workers(self) -> int:
-        """How many threads beside the reading one pay: some where decoding lets other threads run."""
+        """How many threads beside the reading one pay: decoding lets other threads run."""
         ...
 
     def stack(self, members: Iterable[Bytes], count: int) -> Batch | None:
         """Decode `count` samples that are alike; nothing where they are not."""
+        ...
+
+
+@runtime_checkable
+class RowDecoder(Protocol):
+    """Decodes whole batches of one member whose bytes are of one size."""
+
+    @property
+    def extensions(self) -> Collection[str]:
+        """The one member that it reads."""
+        ...
+
+    def of_rows(self, rows: np.ndarray) -> Batch | None:
+        """Decode bytes (n, size) of samples that are alike; nothing where they are not."""
         ...
 
 
@@ -91,7 +105,6 @@ class Moments:
     """Mean and standard deviation of a latent's distribution as `mean` and `std`, (C, H, W)."""
 
     extensions: Collection[str] = ("moments.npy",)
-    workers = 0
 
     def __call__(self, sample: Sample) -> dict[str, np.ndarray]:
         """Decode `moments.npy`, (2, C, H, W) of any floating type."""
@@ -100,9 +113,9 @@ class Moments:
             raise ValueError(f"moments.npy is {moments.dtype} {moments.shape}; expected float (2, C, H, W)")
         return {"mean": moments[0], "std": moments[1]}
 
-    def stack(self, members: Iterable[Bytes], count: int) -> Batch | None:
+    def of_rows(self, rows: np.ndarray) -> Batch | None:
         """Decode moments of one shape and type."""
-        moments = read_npys(members, count)
+        moments = read_npys(rows)
         if moments is None or moments.ndim != 5 or moments.shape[1] != 2 or moments.dtype not in _FLOATS:
             return None
         return {"mean": torch.from_numpy(moments[:, 0]), "std": torch.from_numpy(moments[:, 1])}
@@ -113,7 +126,6 @@ class Points:
     """A vector as `data`, (D,)."""
 
     extensions: Collection[str] = ("points.npy",)
-    workers = 0
 
     def __call__(self, sample: Sample) -> dict[str, np.ndarray]:
         """Decode `points.npy`, (D,) of any floating type."""
@@ -122,9 +134,9 @@ class Points:
             raise ValueError(f"points.npy is {points.dtype} {points.shape}; expected float (D,)")
         return {"data": points}
 
-    def stack(self, members: Iterable[Bytes], count: int) -> Batch | None:
+    def of_rows(self, rows: np.ndarray) -> Batch | None:
         """Decode points of one length and type."""
-        points = read_npys(members, count)
+        points = read_npys(rows)
         if points is None or points.ndim != 2 or points.dtype not in _FLOATS:
             return None
         return {"data": torch.from_numpy(points)}

@@ -61,11 +61,6 @@ class Index:
         return self.packed_keys[start : self._ends[row]].decode("utf-8", "surrogateescape")
 
     @cached_property
-    def all_finite(self) -> bool:
-        """Whether every array of every sample is finite."""
-        return bool(self.finite.all())
-
-    @cached_property
     def _ends(self) -> np.ndarray:
         return np.flatnonzero(np.frombuffer(self.packed_keys, np.uint8) == 0)
 

@@ -21,10 +21,17 @@ import numpy as np
 from zlib_ng.zlib_ng import crc32
 
 from .cached import CachedShards
+from .checksum import crc_of_rows
 from .index import NO_LABEL, Index, index_path, read_index
+from .lookup import Lookup
 from .members import Bytes
+from .room import Room
 from .routed import RoutedShards
 from .shards import ShardSet
+
+BLOCK = 512  # bytes: members of a tar begin at whole blocks, and zeros fill their last one
+_PLACE = np.dtype([("offset", np.int64), ("size", np.int64), ("crc", np.uint32)], align=True)
+_FACTS = np.dtype([("label", np.int64), ("finite", bool)], align=True)
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,10 @@ class Reader:
         self.verify = verify
         self.max_open = max_open
         self._extensions = extensions
-        self._starts = np.array(shards.starts)
         self._indices: dict[int, Index] = {}
+        self._facts = Lookup(shards, _FACTS, self._facts_of)
+        self._places: dict[str, Lookup] = {}
+        self._room = Room()
         self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
         self._lock = threading.Lock()
         self._without_room: set[int] = set()
@@ -102,36 +111,49 @@ class Reader:
 
         Raises `ValueError` as `read` does, and for a sample without the member.
         """
-        shards, rows = self._located(samples)
-        offsets, sizes, crcs = (np.empty(len(samples), np.int64) for _ in range(3))
-        views: dict[int, memoryview] = {}
-        for shard, chosen in _groups(shards):
-            index, memory = self._opened(shard)
-            views[shard] = memoryview(memory)
-            if extension not in index.extensions:
-                raise self._without(int(samples[chosen[0]]), extension)
-            places = rows[chosen], index.extensions.index(extension)
-            offsets[chosen], sizes[chosen], crcs[chosen] = (
-                table[places] for table in (index.offsets, index.sizes, index.crcs)
-            )
-        where = zip(shards.tolist(), offsets.tolist(), sizes.tolist(), crcs.tolist(), strict=True)
-        for number, (shard, offset, size, crc) in enumerate(where):
+        shards, places = self._looked_up(samples, extension)
+        views = {shard: memoryview(self._opened(shard)[1]) for shard in np.unique(shards).tolist()}
+        for number, (shard, place) in enumerate(zip(shards.tolist(), places.tolist(), strict=True)):
+            offset, size, crc = place
             if size < 0:
                 raise self._without(int(samples[number]), extension)
             member = views[shard][offset : offset + size]
             if self.verify and crc32(member) != crc:
-                raise _changed(f"{self.shards.shards[shard]}: {self.key(int(samples[number]))}", extension)
+                raise _changed(self.name(int(samples[number])), extension)
             yield member
+
+    def rows(self, samples: np.ndarray, extension: str) -> np.ndarray | None:
+        """Read one member of many samples of a local data set that are of one size: (n, size), uint8.
+
+        Samples of a shard that follow one another here, as in ascending order, are copied at once, without
+        the interpreter's lock. Returns nothing where `read` has to look at each of them: their sizes differ,
+        or one has changed.
+        """
+        shards, places = self._looked_up(samples, extension)
+        size, (firsts, inside) = int(places["size"][0]), np.divmod(places["offset"], BLOCK)
+        if size < 0 or (places["size"] != size).any() or inside.any():
+            return None
+        long = -(-size // BLOCK)
+        blocks = (firsts[:, None] + np.arange(long)).reshape(-1)
+        copied = self._room(len(blocks) * BLOCK).reshape(-1, BLOCK)
+        found, ends = 0, [*(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(samples)]
+        for begin, end in zip([0, *ends], ends, strict=False):
+            index, memory = self._opened(int(shards[begin]))
+            whole = np.frombuffer(memory, np.uint8, index.tar_bytes // BLOCK * BLOCK).reshape(-1, BLOCK)
+            part = slice(begin * long, end * long)
+            # "clip" copies straight to its place; a block beyond the end is found by its checksum.
+            whole.take(blocks[part], axis=0, out=copied[part], mode="clip")
+            found = crc32(copied[part].data, found) if self.verify else 0
+        if self.verify and found != crc_of_rows(places["crc"], size=size, width=long * BLOCK):
+            return None
+        return copied.reshape(len(samples), -1)[:, :size]
 
     def labels(self, samples: np.ndarray) -> np.ndarray:
         """Return the classes of samples, from the indices.
 
         Raises `ValueError` for a sample that has none, or whose `cls` is no number.
         """
-        shards, rows = self._located(samples)
-        labels = np.empty(len(samples), np.int64)
-        for shard, chosen in _groups(shards):
-            labels[chosen] = self.index(shard).labels[rows[chosen]]
+        labels = self._facts(samples)["label"]
         if (missing := np.flatnonzero(labels == NO_LABEL)).size:
             sample = self.read(int(samples[missing[0]]))
             if "cls" not in sample.members:
@@ -142,15 +164,12 @@ class Reader:
 
     def not_finite(self, samples: np.ndarray) -> str | None:
         """Return the name of the first of these samples whose arrays hold numbers that are not finite."""
-        shards, rows = self._located(samples)
-        if all(self.index(shard).all_finite for shard in set(shards.tolist())):
-            return None
-        for shard, chosen in _groups(shards):
-            finite = self.index(shard).finite[rows[chosen]]
-            if not finite.all():
-                sample = int(samples[chosen[np.flatnonzero(~finite)[0]]])
-                return f"{self.shards.shards[shard]}: {self.key(sample)}"
-        return None
+        bad = np.flatnonzero(~self._facts(samples)["finite"])
+        return self.name(int(samples[bad[0]])) if bad.size else None
+
+    def name(self, sample: int) -> str:
+        """Return what an error message calls a sample, without reading it."""
+        return f"{self.shards.shards[self._locate(sample)[0]]}: {self.key(sample)}"
 
     def key(self, sample: int) -> str:
         """Return the key of one sample without reading it."""
@@ -206,16 +225,32 @@ class Reader:
         shard = bisect.bisect_right(self.shards.starts, sample) - 1
         return shard, sample - self.shards.starts[shard]
 
-    def _located(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the shard of each sample, and its row there."""
-        shards = np.searchsorted(self._starts, samples, side="right") - 1
-        return shards, samples - self._starts[shards]
+    def _looked_up(self, samples: np.ndarray, extension: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shard of each sample, and the place of its member."""
+
+        def rows_of(shard: int) -> np.ndarray:
+            index = self.index(shard)
+            rows = np.zeros(len(index), _PLACE)
+            if extension not in index.extensions:
+                rows["size"] = -1
+                return rows
+            column = index.extensions.index(extension)
+            for name, table in zip(_PLACE.names or (), (index.offsets, index.sizes, index.crcs), strict=True):
+                rows[name] = table[:, column]
+            return rows
+
+        lookup = self._places.setdefault(extension, Lookup(self.shards, _PLACE, rows_of))
+        return lookup.shards_of(samples), lookup(samples)
+
+    def _facts_of(self, shard: int) -> np.ndarray:
+        index = self.index(shard)
+        rows = np.empty(len(index), _FACTS)
+        rows["label"], rows["finite"] = index.labels, index.finite
+        return rows
 
     def _without(self, sample: int, extension: str) -> ValueError:
-        shard, _ = self._locate(sample)
         return ValueError(
-            f"{self.shards.shards[shard]}: {self.key(sample)}: there is no {extension}, "
-            "which other samples of the data set have"
+            f"{self.name(sample)}: there is no {extension}, which other samples of the data set have"
         )
 
     def _opened(self, shard: int) -> tuple[Index, mmap.mmap]:
@@ -239,12 +274,6 @@ def _map(path: Path, num_bytes: int) -> mmap.mmap:
                 f"{path} has {found} bytes but had {num_bytes} when it was indexed; copy it again"
             )
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def _groups(shards: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield each shard, with the places where it stands."""
-    for shard in np.unique(shards).tolist():
-        yield shard, np.flatnonzero(shards == shard)
 
 
 def _verify(sample: Sample, index: Index, row: int) -> None:

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import torch
 
-from .decode import Batch, BatchDecoder, Decoder, decode_batch
+from .decode import Batch, BatchDecoder, Decoder, RowDecoder, decode_batch
 from .labels import CAPTION, CLASS, json_label, member_of
 from .reader import Reader, Sample
 from .shards import ShardSet
@@ -24,15 +24,19 @@ class Samples:
         stop: threading.Event | None = None,
     ) -> None:
         self._decoder = decoder
+        self._in_rows = isinstance(decoder, RowDecoder)
         self.reader = Reader(shards, extensions={*decoder.extensions, CLASS}, evict=evict, stop=stop)
         self._label_reader = Reader(shards, extensions={member_of(shards.label)}, evict=evict, stop=stop)
         self._text = TextDecoder.of(shards) if shards.label == CAPTION else None
 
     def batch(self, numbers: np.ndarray, *, index: np.ndarray) -> Batch:
-        """Return the samples with these numbers; `index` goes into the batch.
+        """Return the samples with these numbers, maybe in another order, and with each its `index`.
 
         Raises `ValueError` for a sample that cannot be read or decoded, or is not finite; it is named.
         """
+        if self._in_rows:
+            order = np.argsort(numbers, kind="stable")  # what lies side by side is read at once
+            numbers, index = numbers[order], index[order]
         batch = self._at_once(numbers)
         if batch is None:
             batch = decode_batch([self.reader.read(number) for number in numbers.tolist()], self._decoder)
@@ -52,12 +56,17 @@ class Samples:
     def _at_once(self, numbers: np.ndarray) -> Batch | None:
         """Decode samples that are alike, without an object for each; nothing where they are not."""
         decoder = self._decoder
-        if not isinstance(decoder, BatchDecoder) or len(decoder.extensions) > 1:
-            return None
-        if self.reader.shards.remote is not None or self.reader.not_finite(numbers) is not None:
+        if self.reader.shards.remote is not None or len(decoder.extensions) > 1:
             return None
         (extension,) = decoder.extensions
-        return decoder.stack(self.reader.members(numbers, extension), len(numbers))
+        if self.reader.not_finite(numbers) is not None:
+            return None
+        if isinstance(decoder, RowDecoder):
+            rows = self.reader.rows(numbers, extension)
+            return None if rows is None else decoder.of_rows(rows)
+        if isinstance(decoder, BatchDecoder):
+            return decoder.stack(self.reader.members(numbers, extension), len(numbers))
+        return None
 
 
 def _json_label(sample: Sample, shards: ShardSet) -> int:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from ..data.batch import Batches, Stream
-from ..data.decode import BatchDecoder, find_decoder
+from ..data.decode import BatchDecoder, RowDecoder, find_decoder
 from ..data.members import npy_bytes, read_label, read_npy, read_pixels
 from ..data.shards import ShardSet, ShardWriter, index_shards
 
@@ -113,12 +113,16 @@ def _ours(setting: Setting, folder: Path, start: int) -> Iterator[Any]:
 
 def _webdataset_same(setting: Setting, folder: Path, start: int) -> Iterator[Any]:
     decoder = find_decoder(ShardSet.open(folder / "tars"))
-    assert isinstance(decoder, BatchDecoder)
+    assert isinstance(decoder, RowDecoder | BatchDecoder)
     epochs = _raw(folder, shuffled=True)
     samples = islice(chain.from_iterable(epochs for _ in count()), start, None)
     while True:
         batch = list(islice(samples, setting.batch_size))
-        decoded = decoder.stack((one[setting.member] for one in batch), len(batch))
+        members = [one[setting.member] for one in batch]
+        if isinstance(decoder, RowDecoder):
+            decoded = decoder.of_rows(np.frombuffer(b"".join(members), np.uint8).reshape(len(members), -1))
+        else:
+            decoded = decoder.stack(members, len(members))
         assert decoded is not None
         yield decoded | {"label": torch.tensor([read_label(one["cls"]) for one in batch])}
 

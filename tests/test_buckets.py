@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from streams import joined
 
 from driftmap.data.batch import Batches, Stream, ordered
 from driftmap.data.buckets import buckets_of, nearest, parse_sizes
@@ -43,7 +44,7 @@ def write(folder, counts, value=0, **info):
 def read(shards, num_batches, **settings):
     """Return the points of some batches."""
     with Batches(shards, Stream(**{"batch_size": 8, "seed": 3, **settings})) as batches:
-        return np.concatenate([next(batches)["data"].numpy() for _ in range(num_batches)])
+        return joined(next(batches) for _ in range(num_batches))["data"].numpy()
 
 
 @pytest.fixture

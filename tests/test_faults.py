@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from streams import in_order, joined
 from test_kills import read, record
 
 from bad_server import EPOCH, PER_SHARD, STREAM, serving
@@ -89,15 +90,9 @@ def take(shards, num_batches, *, batch_size=12, start=0, known=(), workers=None,
     quarantine = Quarantine(known)
     stream = Stream(batch_size, seed=1, **settings)
     with Batches(shards, stream, start=start, quarantine=quarantine, workers=workers) as batches:
-        found = [next(batches) for _ in range(num_batches)]
+        found = [in_order(next(batches)) for _ in range(num_batches)]
         keys = [key for batch in found for key in batches.keys_of(batch["index"])]
         return found, quarantine.take(batches.position), keys
-
-
-def joined(batches):
-    every = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    order = every["index"].argsort()
-    return {name: values[order] for name, values in every.items()}
 
 
 def first_met(faults):

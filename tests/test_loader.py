@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from streams import in_order, joined
 
 from driftmap.data.batch import Batches, Stream, ordered
 from driftmap.data.decode import Moments, Pixels, Points, find_decoder
@@ -51,11 +52,7 @@ def take(shards, num_batches, **settings):
     start = settings.pop("start", 0)
     stream = Stream(**{"batch_size": 6, "seed": 1, "window": 2} | settings)
     with Batches(shards, stream, start=start) as batches:
-        return [next(batches) for _ in range(num_batches)]
-
-
-def joined(batches):
-    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        return [in_order(next(batches)) for _ in range(num_batches)]
 
 
 def assert_same(left, right):
@@ -66,7 +63,7 @@ def assert_same(left, right):
 
 def test_a_batch_holds_what_was_written(latents):
     with Batches(latents, Stream(batch_size=4, seed=0)) as batches:
-        batch = next(batches)
+        batch = in_order(next(batches))
         keys = batches.keys_of(batch["index"])
     numbers = [int(key[1:]) for key in keys]
     assert batch["index"].tolist() == [0, 1, 2, 3]
@@ -79,7 +76,7 @@ def test_a_batch_holds_what_was_written(latents):
 
 def test_an_epoch_holds_every_sample_once_and_the_next_begins_inside_a_batch(latents):
     with Batches(latents, Stream(batch_size=4, seed=0)) as batches:
-        keys = [key for _ in range(12) for key in batches.keys_of(next(batches)["index"])]
+        keys = [key for _ in range(12) for key in batches.keys_of(in_order(next(batches))["index"])]
     assert len(set(keys[:23])) == 23
     assert len(set(keys[23:46])) == 23
     assert keys[:23] != keys[23:46]
@@ -109,9 +106,7 @@ def test_the_number_of_ranks_does_not_change_a_global_batch(latents, world):
     whole = take(latents, 5)
     parts = [take(latents, 5, rank=rank, world=world) for rank in range(world)]
     for number, batch in enumerate(whole):
-        together = joined([part[number] for part in parts])
-        order = together["index"].argsort()
-        assert_same({name: values[order] for name, values in together.items()}, batch)
+        assert_same(joined(part[number] for part in parts), batch)
 
 
 def test_another_batch_size_goes_on_with_the_same_samples(latents):

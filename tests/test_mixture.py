@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from streams import joined
 
 from bad_server import PATIENT, serving
 from driftmap.data.batch import Batches, Stream, ordered
@@ -150,8 +151,8 @@ def write(folder, labels, value=0, **info):
 def read(shards, num_batches, mixing, **settings):
     """Return the data and labels of some batches."""
     with Batches(shards, Stream(**{"batch_size": 8, "seed": 3, **settings}, mixing=mixing)) as batches:
-        found = [next(batches) for _ in range(num_batches)]
-    return (np.concatenate([batch[name].numpy() for batch in found]) for name in ("data", "label"))
+        found = joined(next(batches) for _ in range(num_batches))
+    return found["data"].numpy(), found["label"].numpy()
 
 
 @pytest.fixture(scope="module")
@@ -268,13 +269,13 @@ def test_local_shards_and_those_behind_an_address_are_mixed(two, local, tmp_path
     expected = read(join([folder, local]), 40, Mixing((1, 2)), window=2)
     with serving(local.folder, faulty=True) as server:
         far = ShardSet.open(server.address, cache=tmp_path / "cache", **PATIENT)
-        joined = join([folder, far])
-        assert joined.fingerprint == join([folder, local]).fingerprint
-        with Batches(joined, Stream(8, seed=3, window=2, mixing=Mixing((1, 2)))) as batches:
-            found = [next(batches) for _ in range(40)]
+        both = join([folder, far])
+        assert both.fingerprint == join([folder, local]).fingerprint
+        with Batches(both, Stream(8, seed=3, window=2, mixing=Mixing((1, 2)))) as batches:
+            found = joined(next(batches) for _ in range(40))
             assert batches.reader_stats["downloads"] > 20
     for name, values in zip(("data", "label"), expected, strict=True):
-        assert np.array_equal(values, np.concatenate([batch[name].numpy() for batch in found]))
+        assert np.array_equal(values, found[name].numpy())
 
 
 def test_a_local_shard_of_such_a_mixture_that_has_changed_is_named(local, tmp_path):

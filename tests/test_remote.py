@@ -14,7 +14,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-import torch
+from streams import in_order, joined
 
 from bad_server import (
     EPOCH,
@@ -77,9 +77,7 @@ def test_two_ranks_and_a_restart_in_the_middle(local, tmp_path):
             parts = list(pool.map(rank, range(2)))
     assert server.num_failed > 0
     for whole, *halves in zip(expected, *parts, strict=True):
-        joined = {name: torch.cat([half[name] for half in halves]) for name in whole}
-        order = joined["index"].argsort()
-        assert_same([{name: values[order] for name, values in joined.items()}], [whole])
+        assert_same([joined(halves)], [in_order(whole)])
     # What a restart broke off is asked for once more, by at most as many threads as there were.
     assert sum(server.whole[name] for name in local.shards) <= NUM_SHARDS + 2 * NUM_THREADS
 
