@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""One YAML a recipe; presets/: what published methods are, to put under a config."""

@@ -33,7 +33,8 @@ The files, in the order in which a sample travels:
     prefetch.py   brings the shards that come next into the cache, in threads
     check.py      reads every byte of a data set and says what is wrong with it
     repair.py     writes indices and cards anew, from the tars
-    encode.py     pictures to latents, captions to embeddings, once, on any number of processes
+    encode.py     pictures to latents, captions to embeddings, once, on any number of processes (processes.py)
+    drawn.py      samples drawn from a data set, for something to be made of their labels
     encoders.py   what is stored of each picture and caption
     text.py       where captions stand, and their embeddings as batches
     labels.py     what a sample is labelled by: class, a field of its json, caption

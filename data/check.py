@@ -149,7 +149,7 @@ def fits(index: Index, tar: Index) -> bool:
 def _told(folder: Path, found: Sequence[_Found]) -> str:
     """Return what is to be done with a folder whose card cannot be made from its tars, if it is one."""
     if (folder / NOTE).is_file():
-        return f"{folder / NOTE}: an encoding was stopped; run the same `shards encode` again"
+        return f"{folder / NOTE}: what makes these shards was stopped; run the same command again"
     extensions = {name for tar in found for name in tar.extensions}
     if salvaged(folder / CARD) or not extensions & ENCODED:
         return ""

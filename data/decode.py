@@ -1,4 +1,4 @@
-"""What the members of a sample mean to a trainer: pixels, moments of latents, or points.
+"""What the members of a sample mean to a trainer: pixels, moments of latents, points, or states of a flow.
 
 Values stay in the type that they are stored in, which is a half or a quarter of the bytes to copy on the way
 to the device; `floats` turns them into what a network takes, there.
@@ -9,7 +9,7 @@ them to the way for one sample, which says what is wrong with which of them.
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -142,6 +142,43 @@ class Points:
         return {"data": torch.from_numpy(points)}
 
 
+@dataclass(frozen=True)
+class Trajectories:
+    """The states of a flow as `states`, (K + 1, ...), at falling `times`, (K + 1,); the last are `data`."""
+
+    times: tuple[float, ...]
+    extensions: Collection[str] = ("trajectory.npy",)
+
+    @classmethod
+    def of(cls, shards: ShardSet) -> Self:
+        """Return the decoder of a data set; `ValueError` where its card does not tell the times."""
+        if "times" not in shards.info.get("trajectories", {}):
+            raise ValueError(
+                f"{shards.folder} has trajectory.npy, but its card does not say at which times (info: "
+                "trajectories); copy the dataset.json that `driftmap trajectories` wrote"
+            )
+        return cls(tuple(shards.info["trajectories"]["times"]))
+
+    def __call__(self, sample: Sample) -> dict[str, np.ndarray]:
+        """Decode `trajectory.npy`, (K + 1, ...) of any floating type."""
+        states = _array(sample, "trajectory.npy")
+        if states.ndim < 2 or len(states) != len(self.times) or states.dtype.kind != "f":
+            raise ValueError(
+                f"trajectory.npy is {states.dtype} {states.shape}; expected float ({len(self.times)}, ...)"
+            )
+        return {"data": states[-1], "states": states, "times": np.array(self.times, np.float32)}
+
+    def of_rows(self, rows: np.ndarray) -> Batch | None:
+        """Decode states of one shape and type."""
+        states = read_npys(rows)
+        fits = states is not None and states.ndim > 2 and states.shape[1] == len(self.times)
+        if states is None or not fits or states.dtype not in _FLOATS:
+            return None
+        stacked = torch.from_numpy(states)
+        times = torch.tensor(self.times).expand(len(rows), -1)
+        return {"data": stacked[:, -1], "states": stacked, "times": times}
+
+
 def find_decoder(shards: ShardSet) -> Decoder:
     """Choose the decoder by the members that a data set has; pictures have the card's `channels`, or 3.
 
@@ -151,13 +188,15 @@ def find_decoder(shards: ShardSet) -> Decoder:
         return Moments()
     if "points.npy" in shards.extensions:
         return Points()
+    if "trajectory.npy" in shards.extensions:
+        return Trajectories.of(shards)
     if pictures := [kind for kind in PICTURES if kind in shards.extensions]:
         return Pixels(shards.info.get("channels", 3), pictures)
     more = f" and {len(shards.extensions) - 10} more" if len(shards.extensions) > 10 else ""
     raise ValueError(
         f"{shards.folder} has the members {', '.join(shards.extensions[:10])}{more}; expected moments.npy "
-        f"(latents), points.npy or a picture ({', '.join(PICTURES)}). The key in a file's name ends at its "
-        "first dot, and the rest is the member"
+        f"(latents), points.npy, trajectory.npy or a picture ({', '.join(PICTURES)}). The key in a file's "
+        "name ends at its first dot, and the rest is the member"
     )
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ import torch
 from .encoders import Encoder, Encoding
 from .index import build_index, index_path, load_index
 from .members import npy_bytes
+from .processes import Alone, Processes
 from .reader import Reader, Sample
 from .shards import ShardSet, index_shards
 from .writer import write_atomically, write_shard
@@ -38,40 +39,6 @@ _THREADS = 4  # read and decode ahead of the encoders
 _MAX_NAMES = 100
 
 
-class Processes(Protocol):
-    """The processes that share a work, as `trainer.world.World` is."""
-
-    @property
-    def rank(self) -> int:
-        """The number of this one."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """How many there are."""
-        ...
-
-    def first(self, function: Callable[[], T]) -> T:
-        """Return on all what a function returns on the first."""
-        ...
-
-    def together(self, function: Callable[[], object]) -> None:
-        """Call a function on all, and raise on all what it raises on any."""
-        ...
-
-
-@dataclass(frozen=True)
-class _Alone:
-    rank: int = 0
-    size: int = 1
-
-    def first(self, function: Callable[[], T]) -> T:
-        return function()
-
-    def together(self, function: Callable[[], object]) -> None:
-        function()
-
-
 def encode_shards(
     source: ShardSet,
     out: Path | str,
@@ -81,17 +48,19 @@ def encode_shards(
     max_bad_fraction: float = 0.0,
     processes: Processes | None = None,
     progress: Callable[[int], None] | None = None,
+    reader: Callable[..., Reader] = Reader,
 ) -> ShardSet:
     """Encode every sample of a data set and return the data set of what was made of them.
 
     A complete set by the same encoders is left alone. Samples that cannot be decoded are left out, up to
     `max_bad_fraction` of all; the card tells their number and names (`info["left_out"]`). `progress` is
     called with the samples done by all, as far as this process can tell, those of an earlier run included.
+    `reader` is called as `Reader` is, where samples are read otherwise.
 
     Raises `ValueError` if `out` holds something else, for more samples that cannot be decoded, or if an
     encoder gives numbers that float16 cannot hold; it names the sample.
     """
-    out, processes = Path(out), processes or _Alone()
+    out, processes = Path(out), processes or Alone()
     encoders = [encoding.encoder for encoding in encodings]
     for encoder in encoders:
         if encoder.extension in source.extensions:
@@ -109,7 +78,7 @@ def encode_shards(
                 progress(min(source.num_samples, done + samples * processes.size))
 
         most_bad = int(max_bad_fraction * source.num_samples)
-        processes.together(lambda: _encode_share(source, out, encoders, batches, most_bad, told))
+        processes.together(lambda: _encode_share(source, out, encoders, batches, most_bad, told, reader))
     return processes.first(lambda: _complete(source, out, max_bad_fraction))
 
 
@@ -130,7 +99,7 @@ def _begin(source: ShardSet, out: Path, encodings: Sequence[Encoding]) -> list[i
             found |= encoding.describe()
         write_atomically(note, json.dumps(found, indent=1).encode())
     if (there := _part(found, about)) != about:
-        raise ValueError(f"{out} holds latents of {there}; expected {about}. Choose another folder")
+        raise ValueError(f"{out} holds what was made of {there}; expected {about}. Choose another folder")
     return [shard for shard, name in enumerate(source.shards) if not (out / name).exists()]
 
 
@@ -198,10 +167,11 @@ def _encode_share(
     batches: dict[int, list[range]],
     most_bad: int,
     told: Callable[[int], None],
+    reader: Callable[..., Reader],
 ) -> None:
     """Write some shards, each with its index, from their batches; `told` is called with the samples done."""
     stop = threading.Event()
-    load = partial(_load, Reader(source, stop=stop), encoders)
+    load = partial(_load, reader(source, stop=stop), encoders)
     ahead = _read_ahead(chain.from_iterable(batches.values()), load)
     bad: list[str] = []
     done = 0
@@ -289,8 +259,8 @@ def _encoded(batch: _Loaded, encoders: Sequence[Encoder]) -> Iterator[tuple[str,
         for encoder, arrays in zip(encoders, made, strict=True):
             if not np.isfinite(arrays[number]).all():
                 raise ValueError(
-                    f"{sample.name}: its {encoder.extension} is not finite in float16 (up to 65504); "
-                    "check the encoder"
+                    f"{sample.name}: its {encoder.extension} is not finite in {arrays[number].dtype} (up to "
+                    f"{np.finfo(arrays[number].dtype).max:g}); check the encoder"
                 )
             members[encoder.extension] = npy_bytes(arrays[number])
         kept = {name: data for name, data in sample.members.items() if name not in replaced}

@@ -12,7 +12,12 @@ from .members import PICTURES
 from .routed import LocalShards, RoutedShards
 from .shards import ShardSet
 
-_KINDS = {"moments.npy": "latents", "points.npy": "points", **dict.fromkeys(PICTURES, "pictures")}
+_KINDS = {
+    "moments.npy": "latents",
+    "points.npy": "points",
+    "trajectory.npy": "trajectories",
+    **dict.fromkeys(PICTURES, "pictures"),
+}
 
 
 def join(sets: Sequence[ShardSet]) -> ShardSet:
@@ -62,6 +67,8 @@ _ALIKE: dict[str, Callable[[ShardSet], Any]] = {
     "channels": lambda shards: shards.info.get("channels", 3) if "pictures" in _kinds(shards) else None,
     "the encoder": lambda shards: shards.info.get("encoder"),
     "the text encoder": lambda shards: shards.info.get("text", {}).get("encoder"),
+    "trajectories at": lambda shards: shards.info.get("trajectories", {}).get("times"),
+    "trajectories along": lambda shards: shards.info.get("trajectories", {}).get("path"),
     "class labels:": lambda shards: bool(shards.labels),
     "classes": lambda shards: names_of(shards.info, CLASS),
 }
@@ -76,8 +83,9 @@ def _joined_info(sets: Sequence[ShardSet]) -> dict[str, Any]:
     """Return what is true of all, with the latents' scale of the first and the buckets of each in turn."""
     first, *others = (each.info for each in sets)
     info = {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
-    if "latents" in first:
-        info["latents"] = first["latents"]
+    for made in ("latents", "trajectories"):
+        if made in first:
+            info[made] = first[made]
     if "text" in first:
         info["text"] = {**first["text"], "max_tokens": max(each.info["text"]["max_tokens"] for each in sets)}
     sizes = {each.info.get("size") for each in sets} - {None}

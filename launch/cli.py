@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +12,9 @@ from rich.console import Console
 
 from .cli_bench import bench_app
 from .cli_likelihood import likelihood
+from .cli_sample import invert, sample
 from .cli_shards import shards_app
+from .cli_trajectories import trajectories
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
@@ -120,46 +121,8 @@ def plan(
     show(found, json_file, console)
 
 
-@app.command()
-def sample(
-    run: RunFolder,
-    out: Annotated[Path, typer.Option(help="the PNG to write")] = Path("samples.png"),
-    nfe: Annotated[int, typer.Option(min=1, help="network evaluations a sample")] = 4,
-    count: Annotated[int, typer.Option(min=1, help="how many pictures")] = 40,
-    label: Annotated[
-        str | None, typer.Option(help="one class, by number or name; by default all in turn")
-    ] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="a caption, can be repeated; by default those of the data")
-    ] = None,
-    text_encoder: Annotated[
-        str | None, typer.Option(help="where the encoder of prompts is, if it has moved")
-    ] = None,
-    guidance: Annotated[
-        float, typer.Option(help="classifier-free guidance; costs two evaluations a step")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="sample i of a seed is always the same")] = 0,
-    sampler: Annotated[
-        str | None,
-        typer.Option(
-            help="jump, euler, heun, ddim, ddpm, dpm_solver or edm, with settings as in edm:churn=40, or "
-            "diffusers:NAME; by default what the run was trained for"
-        ),
-    ] = None,
-    rescale: Annotated[
-        float, typer.Option(min=0, max=1, help="keep the spread of what is guided, by this share")
-    ] = 0.0,
-    weak: Annotated[
-        Path | None, typer.Option(help="autoguidance: a worse run that guidance goes away from")
-    ] = None,
-) -> None:
-    """Sample a run into a grid: jumps of a flow map, DDIM's steps of a denoiser, Euler's of a velocity."""
-    from .sampling import SamplingRequest, sample_run
-
-    prompts = tuple(prompt or ())
-    request = SamplingRequest(run, nfe, count, label, prompts, text_encoder, guidance, seed)
-    sample_run(replace(request, sampler=sampler, rescale=rescale, weak=weak), out)
-    console.print(out)
+app.command()(sample)
+app.command()(invert)
 
 
 @app.command()
@@ -194,6 +157,9 @@ def evaluate(
     references: Annotated[
         Path | None, typer.Option(help="keeps what is measured of real pictures; in DRIFTMAP_CACHE")
     ] = None,
+    shift: Annotated[
+        float, typer.Option(min=0.01, help="move the times of the student's jumps towards noise")
+    ] = 1.0,
 ) -> None:
     """Measure quality against number of evaluations, with floors and blindness check.
 
@@ -215,6 +181,7 @@ def evaluate(
         captions=captions,
         batch_size=batch_size,
         references=references,
+        shift=shift,
     )
     evaluation = evaluate_run(request, out or run / "evaluation.json")
     console.quiet = os.environ.get("RANK", "0") != "0"
@@ -222,6 +189,7 @@ def evaluate(
 
 
 app.command()(likelihood)
+app.command()(trajectories)
 
 
 @app.command()
@@ -246,13 +214,17 @@ def export(
     run: RunFolder,
     out: Annotated[Path, typer.Argument(help="the pipeline folder to write")],
     autoencoder: Annotated[Path | None, typer.Option(help="the autoencoder's run, if it has moved")] = None,
+    shift: Annotated[
+        float, typer.Option(min=0.01, help="of the times it samples along, as `evaluate` found")
+    ] = 1.0,
 ) -> None:
     """Write a flow map as a diffusers pipeline and check its samples in a process without driftmap."""
     from .export import check_export
     from .export import export as write
 
-    write(run, out, autoencoder=autoencoder)
-    console.print(f"{out}: loaded without driftmap, samples differ by {check_export(out, run):.1e}")
+    write(run, out, autoencoder=autoencoder, shift=shift)
+    difference = check_export(out, run, shift=shift)
+    console.print(f"{out}: loaded without driftmap, samples differ by {difference:.1e}")
 
 
 @app.command()

@@ -42,3 +42,41 @@ def bench_loader(
     from .bench_loader import loader
 
     show(loader(rounds=rounds), json_file, console)
+
+
+@bench_app.command("checkerboard")
+def bench_checkerboard(
+    json_file: Annotated[Path | None, typer.Option("--json", help="also write the table here")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="a folder for pictures, and for weights from which another call goes on"),
+    ] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(help="lagrangian, eulerian, semigroup or 'semigroup uniform'; repeatable"),
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0, help="processor time of a rule's training")] = 20.0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="end after so many steps, if that is sooner")
+    ] = None,
+    num_samples: Annotated[int, typer.Option("--samples", min=1, help="in a set that is measured")] = 2**16,
+) -> None:
+    """Train flow maps from scratch on the checkerboard by each rule; their KL beside the published one."""
+    from .bench import show
+    from .bench_checkerboard import Setting, checkerboard
+
+    setting = Setting(minutes=minutes, steps=steps, num_samples=num_samples)
+    rules = rule or ["lagrangian", "eulerian", "semigroup"]
+    show(checkerboard(rules, setting, out=out), json_file, console)
+
+
+@bench_app.command("tangent")
+def bench_tangent(
+    json_file: Annotated[Path | None, typer.Option("--json", help="also write the table here")] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="alternated rounds of each")] = 21,
+) -> None:
+    """Time the derivatives of the flow-map rules against a forward and a step of flow matching."""
+    from .bench import show
+    from .bench_tangent import tangent
+
+    show(tangent(rounds=rounds), json_file, console)

@@ -25,7 +25,7 @@ from ..trainer.features import CaptionJudge, classifier_of, features_named
 from ..trainer.guiding import guided, usual_sampler
 from ..trainer.hooks import signals_received
 from ..trainer.judge import Judge
-from ..trainer.references import Dealer, Part, References, default_folder, pictures_behind
+from ..trainer.references import MADE, Dealer, Part, References, default_folder, makers, pictures_behind
 from ..trainer.report import grid
 from ..trainer.strategy import process_group
 from ..trainer.world import World
@@ -71,6 +71,7 @@ class EvaluationRequest:
     captions: str | None = None  # where a CLIP is, for caption alignment
     batch_size: int = 250
     references: Path | None = None  # folder of what is measured once
+    shift: float = 1.0  # of the grid of the student's jumps
 
 
 def evaluate_run(request: EvaluationRequest, out: Path) -> dict[str, Any]:
@@ -82,15 +83,16 @@ def evaluate_run(request: EvaluationRequest, out: Path) -> dict[str, Any]:
     world = World(process_group())
     recipe = run_recipe(request.run)
     student = load_flow_map(request.run).to(world.device)
-    taught = recipe.get("teacher") or {}
+    latents = shards_of_run(request.run)
+    taught = recipe.get("teacher") or latents.info.get("trajectories", {}).get("teacher") or {}
     teacher_run = request.teacher or (Path(taught["run"]) if taught else request.run)
     guidance = taught.get("guidance", 1.0)
     interval = tuple(taught.get("guidance_interval", (0.0, 1.0)))
     rescale = taught.get("guidance_rescale", 0.0)
+    weak = load_flow_map(Path(taught["weak"])).to(world.device) if taught.get("weak") else None
     teacher = guided(
-        load_flow_map(teacher_run).to(world.device), guidance, interval=interval, rescale=rescale
+        load_flow_map(teacher_run).to(world.device), guidance, interval=interval, rescale=rescale, weak=weak
     )
-    latents = shards_of_run(request.run)
     autoencoder = autoencoder_of(latents) if "latents" in latents.info else None
     # A caption tells the class, too.
     label = CLASS if latents.label == CAPTION else latents.label
@@ -105,6 +107,7 @@ def evaluate_run(request: EvaluationRequest, out: Path) -> dict[str, Any]:
         num_samples=request.num_samples,
         seed=request.seed,
         jumps=usual_sampler(recipe["objective"]["name"], guidance=1.0) == "jump",
+        shift=request.shift,
     )
     with signals_received() as received:
         dealer = Dealer(world, request.batch_size, received)
@@ -133,10 +136,10 @@ def parse_nfe(text: str) -> tuple[int, ...]:
     return numbers
 
 
-def write_grid(file: Path, pictures: torch.Tensor) -> None:
+def write_grid(file: Path, pictures: torch.Tensor, *, columns: int = GRID_COLUMNS) -> None:
     """Write pictures (N, C, H, W) in [-1, 1] as one PNG."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, grid(((pictures + 1) * 127.5).round().byte(), GRID_COLUMNS))
+    write_atomically(file, grid(((pictures + 1) * 127.5).round().byte(), columns))
 
 
 def print_evaluation(evaluation: dict[str, Any], console: Console) -> None:
@@ -155,6 +158,13 @@ def print_evaluation(evaluation: dict[str, Any], console: Console) -> None:
     title = f"Other metrics, {evaluation['num_compared']} samples, {evaluation['neighbours']} neighbours"
     _print_table(evaluation, OTHERS, title, console, floors=True)
     names = {key: heading for heading, key in {**QUALITY, **OTHERS}.items()}
+    for nfe, found in evaluation.get("jumps", {}).get("grids", {}).items():
+        times = ", ".join(f"{time:.3g}" for time in found["grid"])
+        console.print(
+            f"in {nfe} steps the best grid is {times} (--shift {found['shift']:.3g}): end-point error "
+            f"{found['error']:.3g}, of the even grid {found['even_error']:.3g}",
+            soft_wrap=True,
+        )
     if evaluation["blind"]:
         blind = ", ".join(names[name] for name in evaluation["blind"])
         console.print(
@@ -188,9 +198,9 @@ def _training(request: EvaluationRequest, latents: ShardSet) -> ShardSet:
     """Return pictures that the model was trained on: its own, or those that its latents are of."""
     if request.training is not None:
         return ShardSet.open(request.training)
-    if "latents" not in latents.info:
+    if not MADE & latents.info.keys():
         return latents
-    runs = [Path(latents.info["latents"]["autoencoder"]), Path(request.features)]
+    runs = [*makers(latents), Path(request.features)]
     if (pictures := pictures_behind(latents, runs)) is not None:
         return pictures
     raise ConfigError(

@@ -1,7 +1,8 @@
 """A run as a diffusers pipeline folder, and the proof that it gives the trainer's samples without driftmap.
 
-OUT/model_index.json  pipeline.py           one self-contained pipeline, trust_remote_code=True
-    transformer/      config, safetensors, driftmap_dit.py and what it imports, driftmap_layers.py
+OUT/model_index.json  pipeline.py           the pipeline, trust_remote_code=True, and driftmap_layers.py
+    transformer/      config, safetensors, driftmap_dit.py and what it imports, driftmap_layers.py; or
+    unet/             diffusers' UNet2DConditionModel
     scheduler/        diffusers' FlowMapEulerDiscreteScheduler
     vae/              diffusers' AutoencoderKL with the latents' scale
 """
@@ -9,6 +10,7 @@ OUT/model_index.json  pipeline.py           one self-contained pipeline, trust_r
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,10 +20,11 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, FlowMapEulerDiscreteScheduler, ModelMixin
+from diffusers import AutoencoderKL, FlowMapEulerDiscreteScheduler, ModelMixin, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from ..models import layers, pipeline
+from ..models.backbones.unet import UNet
 from ..models.condition import Text
 from ..models.denoiser import Denoiser
 from ..models.flow_map import FlowMap
@@ -53,16 +56,21 @@ save_file({"latents": pipe(**common, output_type="latent").images, "images": ima
 """
 
 
-def export(run: Path, out: Path, *, autoencoder: Path | None = None) -> Path:
-    """Write the EMA weights of a run as a pipeline folder, whole or not at all; return the folder."""
+def export(run: Path, out: Path, *, autoencoder: Path | None = None, shift: float = 1.0) -> Path:
+    """Write the EMA weights of a run as a pipeline folder, whole or not at all; return the folder.
+
+    `shift` is that of the grid of times that the pipeline samples along.
+    """
     model = load_model(run)
     if isinstance(model, Denoiser):
         raise ConfigError(
             f"the network of {run} predicts {model.prediction}, and the pipeline jumps by a mean velocity; "
             "distil it into a flow map with a network of its own, and export that"
         )
-    if not isinstance(model, FlowMap) or not isinstance(model.backbone, ModelMixin):
-        raise ConfigError(f"{run} holds no model that diffusers can load; export takes flow maps of a DiT")
+    if not isinstance(model, FlowMap) or not isinstance(model.backbone, ModelMixin | UNet):
+        raise ConfigError(
+            f"{run} holds no model that diffusers can load; export takes flow maps of a DiT or a U-Net"
+        )
     if out.exists() and not (out / "model_index.json").is_file():
         raise ConfigError(f"{out} exists and is no exported pipeline; give a new folder")
     shards = shards_of_run(run)
@@ -71,6 +79,7 @@ def export(run: Path, out: Path, *, autoencoder: Path | None = None) -> Path:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     _write(aside, model.backbone, vae, shards.label_names)
+    FlowMapEulerDiscreteScheduler(shift=shift).save_pretrained(aside / "scheduler")
     old = out.with_name(f".{out.name}.old")
     if out.exists():
         os.rename(out, old)
@@ -79,16 +88,17 @@ def export(run: Path, out: Path, *, autoencoder: Path | None = None) -> Path:
     return out
 
 
-def _write(folder: Path, backbone: ModelMixin, vae: AutoencoderKL | None, classes: list[str]) -> None:
-    module = f"driftmap_{Path(inspect.getfile(type(backbone))).stem}"
-    backbone.save_pretrained(folder / "transformer")
-    # Of driftmap's modules a network imports `layers` only, which stands beside it here.
-    text = Path(inspect.getfile(type(backbone))).read_text()
-    text = text.replace("from ..layers import", "from .driftmap_layers import")
-    (folder / "transformer" / f"{module}.py").write_text(text)
-    shutil.copy(inspect.getfile(layers), folder / "transformer" / "driftmap_layers.py")
-    shutil.copy(inspect.getfile(pipeline), folder / "pipeline.py")
-    FlowMapEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+def _write(folder: Path, backbone: ModelMixin | UNet, vae: AutoencoderKL | None, classes: list[str]) -> None:
+    components: dict[str, list[str] | list[None]] = {"transformer": [None, None], "unet": [None, None]}
+    if isinstance(backbone, UNet):
+        backbone.stock().save_pretrained(folder / "unet")
+        components["unet"] = ["diffusers", UNet2DConditionModel.__name__]
+    else:
+        backbone.save_pretrained(folder / "transformer")
+        module = f"driftmap_{Path(inspect.getfile(type(backbone))).stem}"
+        _copy(inspect.getfile(type(backbone)), folder / "transformer" / f"{module}.py")
+        components["transformer"] = [module, type(backbone).__name__]
+    _copy(inspect.getfile(pipeline), folder / "pipeline.py")
     if vae is not None:
         native = AutoencoderKL.from_config(vae.config)
         assert isinstance(native, AutoencoderKL)
@@ -97,7 +107,7 @@ def _write(folder: Path, backbone: ModelMixin, vae: AutoencoderKL | None, classe
     index: dict[str, Any] = {
         "_class_name": ["pipeline", pipeline.FlowMapPipeline.__name__],
         "_diffusers_version": diffusers.__version__,
-        "transformer": [module, type(backbone).__name__],
+        **components,
         "scheduler": ["diffusers", FlowMapEulerDiscreteScheduler.__name__],
         "vae": [None, None] if vae is None else ["diffusers", AutoencoderKL.__name__],
     }
@@ -106,7 +116,16 @@ def _write(folder: Path, backbone: ModelMixin, vae: AutoencoderKL | None, classe
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def check_export(folder: Path, run: Path, *, num_samples: int = 8, steps: int = 4, seed: int = 0) -> float:
+def _copy(source: str, file: Path) -> None:
+    """Copy a module, and beside it the one that it imports of driftmap, `layers`."""
+    text = re.sub(r"from \.+layers import", "from .driftmap_layers import", Path(source).read_text())
+    file.write_text(text)
+    shutil.copy(inspect.getfile(layers), file.with_name("driftmap_layers.py"))
+
+
+def check_export(
+    folder: Path, run: Path, *, num_samples: int = 8, steps: int = 4, seed: int = 0, shift: float = 1.0
+) -> float:
     """Return the largest difference between the trainer's samples and those of the folder in a fresh process.
 
     Raises ValueError if it is above TOLERANCE.
@@ -115,10 +134,10 @@ def check_export(folder: Path, run: Path, *, num_samples: int = 8, steps: int = 
     autoencoder.
     """
     model = load_model(run)
-    assert isinstance(model, FlowMap) and isinstance(model.backbone, ModelMixin)
+    assert isinstance(model, FlowMap)
     noise = sample_noise(num_samples, model.sample_shape, seed=seed)
     condition = model.any_condition(num_samples)
-    ours = jump(model, noise, grid=time_grid(steps), condition=condition)
+    ours = jump(model, noise, grid=time_grid(steps, shift=shift), condition=condition)
     given = {"noise": noise, "steps": torch.tensor(steps)}
     if isinstance(condition, Text):
         given |= {"prompt_embeds": condition.tokens, "prompt_mask": condition.mask}

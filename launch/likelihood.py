@@ -89,7 +89,7 @@ def likelihood_of_run(request: LikelihoodRequest, out: Path) -> dict[str, Any]:
     measures = _measures(request, model, pixels=pixels)
     about = {
         "data": shards.fingerprint,
-        "space": _space(request.run, shards),
+        "space": space_of(request.run, shards),
         "condition": None if model.null_condition is None else label,
         "seed": request.seed,
     }
@@ -144,8 +144,7 @@ def parse_solver(text: str) -> Solver:
 
 def _batches(request: LikelihoodRequest, shards: ShardSet, world: World) -> Iterator[Batch]:
     """Yield this process's batches of the whole data set, latents at the scale of the run's own."""
-    info = shards_of_run(request.run).info if "latents" in shards.info else shards.info
-    prepare = Preparation.of(info, seed=request.seed, device=world.device)
+    prepare = preparation_of(request.run, shards, seed=request.seed, device=world.device)
     mine = ordered(shards, request.batch_size, rank=world.rank, world=world.size)
     with progress("likelihood", shards.num_samples, unit="samples", shown=world.rank == 0) as show:
         for samples in mine:
@@ -154,7 +153,13 @@ def _batches(request: LikelihoodRequest, shards: ShardSet, world: World) -> Iter
             show(min(int(samples["index"][-1]) + 1 + others, shards.num_samples))
 
 
-def _space(run: Path, shards: ShardSet) -> str:
+def preparation_of(run: Path, shards: ShardSet, *, seed: int, device: torch.device) -> Preparation:
+    """Return what prepares samples for a run's model: latents come at the scale of the run's own."""
+    info = shards_of_run(run).info if "latents" in shards.info else shards.info
+    return Preparation.of(info, seed=seed, device=device)
+
+
+def space_of(run: Path, shards: ShardSet) -> str:
     """Return what the numbers are about; ConfigError for latents of another autoencoder."""
     if "latents" not in shards.info:
         return "pixels" if isinstance(find_decoder(shards), Pixels) else "points"

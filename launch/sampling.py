@@ -11,7 +11,7 @@ from ..data.shards import ShardSet
 from ..models.autoencoder import decode_latents
 from ..models.condition import Condition, padded, take
 from ..models.flow_map import FlowMap
-from ..models.samplers import sampler_of
+from ..models.samplers import Sampler, sampler_of, time_grid
 from ..trainer.build import load_flow_map, run_recipe, shards_of_run
 from ..trainer.config import ConfigError
 from ..trainer.encode import autoencoder_of, text_encoder_of
@@ -24,15 +24,16 @@ from .evaluation import write_grid
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """What to sample: how many, in how many evaluations, and of what.
+    """What to sample: how many, in how many evaluations (4) along which times, and of what.
 
     `label` is a class by number or name, by default all in turn; `prompts` are captions, taken in turn, by
     default those of the first samples of the run's data. `text_encoder` is where the encoder of prompts is,
-    by default where it was when the data was encoded.
+    by default where it was when the data was encoded. `grid` are all times, from 1 to 0, instead of a number
+    of evaluations; `shift` moves the times of an even grid towards noise.
     """
 
     run: Path
-    nfe: int = 4
+    nfe: int | None = None
     count: int = 40
     label: str | None = None
     prompts: tuple[str, ...] = ()
@@ -42,39 +43,84 @@ class SamplingRequest:
     sampler: str | None = None  # None: what the run was trained for
     rescale: float = 0.0
     weak: Path | None = None  # a run that `guidance` goes away from, instead of having no condition
+    grid: tuple[float, ...] = ()
+    shift: float = 1.0
 
 
-def sample_run(request: SamplingRequest, out: Path) -> None:
-    """Sample a run into a grid: jumps of a flow map, DDIM's steps of a denoiser, Euler's of a velocity."""
+def sample_run(request: SamplingRequest, out: Path) -> Tensor | None:
+    """Sample a run into a grid: jumps of a flow map, DDIM's steps of a denoiser, Euler's of a velocity.
+
+    Returns the evaluations (count,) that each sample took where its sampler has chosen them.
+    """
     model = load_flow_map(request.run)
     shards = shards_of_run(request.run)
     condition = _condition(request, model, shards)
-    samples = _samples(request, model, condition)
+    samples, evaluations = _samples(request, model, condition)
     if "latents" in shards.info:
         samples = decode_latents(autoencoder_of(shards), samples)
     write_grid(out, samples.clamp(-1, 1))
+    return evaluations
 
 
-def _samples(request: SamplingRequest, model: FlowMap, condition: Condition | None) -> Tensor:
+def _samples(
+    request: SamplingRequest, model: FlowMap, condition: Condition | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return samples and the evaluations (count,) that each took where its sampler has chosen them."""
     noise = sample_noise(request.count, model.sample_shape, seed=request.seed)
     random = Random(request.seed, torch.arange(request.count))
     objective = run_recipe(request.run)["objective"]["name"]
     name = request.sampler or usual_sampler(objective, request.guidance)
-    if name == "jump" and request.guidance != 1:
-        raise ConfigError(
-            f"--sampler jump: a jump cannot be guided, as --guidance {request.guidance} asks for"
-        )
+    evaluations: list[Tensor] = []
     sampler = sampler_of(
-        name, path=model.path, draw=lambda step: random.normal(f"sample step {step}", model.sample_shape)
+        name,
+        path=model.path,
+        draw=lambda step: random.normal(f"sample step {step}", model.sample_shape),
+        evaluated=evaluations.append,
     )
+    if sampler.jumps and request.guidance != 1:
+        raise ConfigError(
+            f"--sampler {name}: a jump cannot be guided, as --guidance {request.guidance} asks for"
+        )
     weak = None if request.weak is None else load_flow_map(request.weak)
     velocity = guided(model, request.guidance, rescale=request.rescale, weak=weak)
     cost = sampler.evaluations * getattr(velocity, "evaluations", 1)
-    if request.nfe % cost:
+    grid = _grid(request, name, sampler, cost)
+    samples = sampler.sample(velocity, noise, grid=grid, condition=condition)
+    return samples, evaluations[0] if evaluations else None
+
+
+def parse_grid(text: str) -> tuple[float, ...]:
+    """Return the times of a list such as "1,0.6,0", none of an empty one."""
+    try:
+        return tuple(map(float, text.split(","))) if text else ()
+    except ValueError:
+        raise ConfigError(f"--grid {text}: expected times, such as 1,0.6,0") from None
+
+
+def _grid(request: SamplingRequest, name: str, sampler: Sampler, cost: int) -> Tensor:
+    """Return the times of the steps of a sampler, each of which takes `cost` evaluations."""
+    if request.grid:
+        grid = torch.tensor(request.grid, dtype=torch.float64)
+        if request.nfe is not None or request.shift != 1:
+            raise ConfigError("--grid has all the times; leave out --nfe and --shift")
+        repeats = name.partition(":")[0] == "gamma"  # a restart
+        falls = grid.diff() <= 0 if repeats else grid.diff() < 0
+        if len(grid) < 2 or grid[0] != 1 or grid[-1] != 0 or not falls.all() or grid[1] == 1:
+            raise ConfigError(
+                f"--grid {','.join(f'{t:g}' for t in request.grid)}: expected times that fall from 1 to 0, "
+                "such as 1,0.6,0; only gamma takes a time twice"
+            )
+        return grid
+    nfe = 4 if request.nfe is None else request.nfe
+    if nfe % cost:
         raise ConfigError(
-            f"--nfe {request.nfe}: a step of {name} takes {cost} evaluations here; give a multiple of {cost}"
+            f"--nfe {nfe}: a step of {name} takes {cost} evaluations here; give a multiple of {cost}"
         )
-    return sampler.sample(velocity, noise, grid=sampler.grid(request.nfe // cost), condition=condition)
+    if request.shift == 1:
+        return sampler.grid(nfe // cost)
+    if sampler.grid is not time_grid:
+        raise ConfigError(f"--shift {request.shift:g}: {name} has times of its own; leave it out")
+    return time_grid(nfe // cost, shift=request.shift)
 
 
 def _condition(request: SamplingRequest, model: FlowMap, shards: ShardSet) -> Condition | None:

@@ -3,6 +3,7 @@
     path.py       x_t = alpha data + sigma noise; every conversion, once
     schedule.py   DDPM's noise levels, and the smooth paths through them
     flow_map.py   X(x, s, t) = x + (t - s) v(x, s, t), whose diagonal is the velocity
+    log_variance.py  how large errors are at a pair of times
     condition.py  a class or a caption, and what is done to either
     text_encoder.py  captions to embeddings, by any encoder of transformers
     denoiser.py   what a network predicts and how that becomes a velocity; classifier-free guidance

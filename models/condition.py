@@ -55,6 +55,13 @@ def silenced(condition: Condition, rows: Tensor, *, nothing: Nothing) -> Conditi
     )
 
 
+def says_nothing(condition: Condition, nothing: Nothing) -> Tensor:
+    """Return a mask (B,) of the conditions that are the one that says nothing."""
+    if isinstance(condition, Text):
+        return ~condition.mask.any(1)
+    return torch.eq(condition, torch.as_tensor(nothing, device=condition.device))
+
+
 def _each(function: Callable[..., Tensor], *conditions: Any) -> Condition:
     """Return a function of each part of conditions of one kind."""
     kinds = {isinstance(condition, Text) for condition in conditions}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .condition import Condition, Nothing, Text, no_text
+from .log_variance import LogVariance
 from .path import Linear, Path, expand
 
 
@@ -27,14 +28,19 @@ class Velocity(Protocol):
 
 
 class FlowMap(nn.Module):
-    """The flow map of a backbone `(x, s, t, condition) -> tensor like x`, along the path that it learned."""
+    """The flow map of a backbone `(x, s, t, condition) -> tensor like x`, along the path that it learned.
+
+    `log_variance` is there while an objective trains it with the model; nothing else needs it.
+    """
 
     backbone: Any
+    log_variance: LogVariance | None
 
     def __init__(self, backbone: nn.Module, path: Path | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.path = path or Linear()
+        self.log_variance = None
 
     @property
     def sample_shape(self) -> tuple[int, ...]:

@@ -1,14 +1,16 @@
 """Guidance besides classifier-free guidance, on top of any velocity.
 
 Source: rescaling: Lin et al., "Common diffusion noise schedules and sample steps are flawed", 2024, section
-3.4; autoguidance: Karras et al., "Guiding a diffusion model with a bad version of itself", 2024.
+3.4; autoguidance: Karras et al., "Guiding a diffusion model with a bad version of itself", 2024; guidance
+that is learned from data: Geng et al., "Mean flows", 2025, eq. 21.
 """
 
+import torch
 from torch import Tensor
 
-from .condition import Condition
+from .condition import Condition, says_nothing, take
 from .denoiser import Guided, mixed
-from .flow_map import Velocity
+from .flow_map import FlowMap, Velocity
 from .path import expand
 
 
@@ -50,3 +52,39 @@ class Autoguided:
         """Return the guided velocity (B, ...)."""
         strong, weak = (each.velocity(x, t, condition) for each in (self.inner, self.weak))
         return mixed(strong, weak, t, scale=self.scale, interval=self.interval)
+
+
+class SelfGuided:
+    """The velocity of data, guided by the network that learns it: what it learns needs no guidance later.
+
+        v_g = scale (1 - kappa) v + kappa v_c + (1 - kappa) (1 - scale) v_0
+
+    with v the velocity of the data at x_t and v_c, v_0 those of the network, frozen, under the condition and
+    without. A network that has learned the mean b_g of v_g has v_c = b_g, so b_g = v_0 + scale (b - v_0)
+    whatever kappa; with kappa = 1 - 1 / scale it is v_g = v + kappa (v_c - v_0). Samples without a condition
+    and times outside `interval` keep v.
+    """
+
+    def __init__(
+        self, network: FlowMap, scale: float, *, kappa: float, interval: tuple[float, float] = (0.0, 1.0)
+    ) -> None:
+        self.network, self.scale, self.kappa, self.interval = network, scale, kappa, interval
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+        """Return what the network has learned of it (B, ...), for states that belong to no data."""
+        return self.network.velocity(x, t, condition)
+
+    @torch.no_grad()
+    def guided(self, velocity: Tensor, x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
+        """Return v_g (B, ...) of the data's velocity (B, ...) at x (B, ...) and t (B,)."""
+        nothing = self.network.null_condition
+        if condition is None or nothing is None:
+            raise ValueError("guidance needs a model of classes or captions, and data that have them")
+        low, high = self.interval
+        rows = (t >= low) & (t <= high) & ~says_nothing(condition, nothing)
+        # A sharded network has to be called by all processes, also by one that has no such row.
+        own = Guided(self.network, self.scale, null_condition=nothing)
+        conditional, unconditional = own.both(x[rows], t[rows], take(condition, rows))
+        of_data, of_nothing = self.scale * (1 - self.kappa), (1 - self.kappa) * (1 - self.scale)
+        guided = of_data * velocity[rows] + self.kappa * conditional + of_nothing * unconditional
+        return velocity.index_put((rows,), guided.to(velocity.dtype))

@@ -1,4 +1,7 @@
-"""What networks are made of: stages, which are sharded and differentiated one by one, and attention."""
+"""What networks are made of: stages, which are sharded and differentiated one by one, times, attention.
+
+A published model takes this file along, so it imports torch only.
+"""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -77,6 +80,55 @@ def _parts(x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _dual(value: Any, direction: Tensor | None) -> Any:
     return value if direction is None else fwad.make_dual(value, direction)
+
+
+def waves(time: Tensor, number: int, *, vanishing: bool = False) -> Tensor:
+    """Return sines and cosines (B, 2 number) of times (B,) at 1 to 100 radians a unit, in fp32 or better.
+
+    `vanishing` has 1 - cos in place of cos: those of 0 are exactly 0.
+    """
+    precise = time.to(torch.promote_types(time.dtype, torch.float32))
+    exponents = torch.linspace(0.0, 2.0, number, dtype=precise.dtype, device=time.device)
+    angles = precise[:, None] * 10.0**exponents
+    return torch.cat([angles.sin(), 1 - angles.cos() if vanishing else angles.cos()], dim=1)
+
+
+def normalised(tokens: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """Return layer-normalised tokens (B, L, width)."""
+    # One group a token is layer norm. F.layer_norm itself has a wrong gradient of its forward-mode derivative
+    # (torch 2.13; see pytorch issue 196700), which is what the Lagrangian residual trains on.
+    return F.group_norm(tokens.flatten(0, 1), 1, eps=eps).view_as(tokens)
+
+
+def parts_of(
+    condition: Tensor | tuple[Tensor, Tensor] | None, x: Tensor, *, text_width: int, max_tokens: int
+) -> tuple[Any, ...]:
+    """Return what a network of states x is conditioned on: (labels,), or the tokens and the mask of captions.
+
+    A missing caption has no tokens. Raises ValueError where a condition is of another kind or size.
+    """
+    if not text_width:
+        if isinstance(condition, tuple):
+            raise ValueError("this network takes no captions (text_width is 0); give class labels")
+        return (condition,)
+    if isinstance(condition, Tensor):
+        raise ValueError(f"this network takes captions of text_width {text_width}, not class labels")
+    if condition is None:
+        nothing = torch.zeros(len(x), 0, text_width, dtype=x.dtype, device=x.device)
+        return nothing, nothing[..., 0].bool()
+    tokens, mask = condition
+    length, width = tokens.shape[1:]
+    if width != text_width or length > max_tokens:
+        raise ValueError(
+            f"captions have {length} tokens of width {width}, expected at most {max_tokens} of "
+            f"width {text_width}"
+        )
+    return tokens.to(x.dtype), mask
+
+
+def beside_zeros(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return captions (B, L, width) and masks (B, L) with a token of zeros in front, which is always seen."""
+    return F.pad(tokens, (0, 0, 1, 0)), F.pad(mask, (1, 0), value=True)
 
 
 def attend(

@@ -1,10 +1,12 @@
 """The published pipeline: noise to pictures in a few jumps of a flow map.
 
-This file is copied as it is into a published repository and imports only torch and diffusers. Components: a
-two-time `transformer` whose forward is (x, s, t, labels or (embeddings, mask)) -> mean velocity, diffusers'
-`FlowMapEulerDiscreteScheduler`, and an `AutoencoderKL` for latents (none for a model of pixels).
+This file is copied into a published repository with layers.py, and imports only torch and diffusers besides.
+Components: a two-time `transformer` whose forward is (x, s, t, labels or (embeddings, mask)) -> mean
+velocity, or diffusers' own UNet2DConditionModel as `unet`, which takes the gap s - t as `timestep_cond`;
+diffusers' `FlowMapEulerDiscreteScheduler`; and an `AutoencoderKL` for latents (none for a model of pixels).
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -12,18 +14,25 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
+from .layers import beside_zeros, parts_of, waves
+
 
 class FlowMapPipeline(DiffusionPipeline):
     """Sample pictures, by class or caption where the model takes any, in a few evaluations."""
 
-    model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["vae"]
+    model_cpu_offload_seq = "transformer->unet->vae"
+    _optional_components = ["transformer", "unet", "vae"]
 
     def __init__(
-        self, transformer: Any, scheduler: Any, vae: Any = None, id2label: dict | None = None
+        self,
+        scheduler: Any,
+        transformer: Any = None,
+        unet: Any = None,
+        vae: Any = None,
+        id2label: dict | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self.register_modules(scheduler=scheduler, transformer=transformer, unet=unet, vae=vae)
         self.register_to_config(id2label=id2label)
         factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
@@ -62,6 +71,25 @@ class FlowMapPipeline(DiffusionPipeline):
             )
         return prompt_embeds.to(device), prompt_mask.to(device, torch.bool)
 
+    def velocity(self, x: torch.Tensor, s: torch.Tensor, t: torch.Tensor, condition: Any) -> torch.Tensor:
+        """Return the mean velocity of jumps from the times s to t (B,), at the states x (B, C, H, W)."""
+        if self.unet is None:
+            return self.transformer(x, s, t, condition)
+        config, dtype = self.unet.config, self.unet.dtype
+        text_width = config.cross_attention_dim if config.mid_block_type == "UNetMidBlock2DCrossAttn" else 0
+        given = parts_of(condition, x, text_width=text_width, max_tokens=sys.maxsize)
+        labels, text, seen = (None, *beside_zeros(*given)) if text_width else (*given, None, None)
+        if labels is None and config.num_class_embeds is not None:
+            labels = torch.full((len(x),), config.num_class_embeds - 1, device=x.device)
+        return self.unet(
+            x,
+            self.scheduler.config.num_train_timesteps * s,
+            encoder_hidden_states=text,
+            class_labels=labels,
+            timestep_cond=waves(s - t, config.time_cond_proj_dim // 2, vanishing=True).to(dtype),
+            encoder_attention_mask=seen,
+        ).sample
+
     @torch.no_grad()
     def __call__(
         self,
@@ -81,7 +109,8 @@ class FlowMapPipeline(DiffusionPipeline):
         "latent". `prompt_embeds` (B, L, width) are the last hidden state of the text encoder that the card
         names, `prompt_mask` (B, L) is False at padding.
         """
-        config, dtype, device = self.transformer.config, self.transformer.dtype, self._execution_device
+        network, device = self.transformer if self.unet is None else self.unet, self._execution_device
+        config, dtype = network.config, network.dtype
         condition = self.condition(class_labels, prompt_embeds, prompt_mask)
         count = num_images
         if condition is not None:
@@ -97,7 +126,7 @@ class FlowMapPipeline(DiffusionPipeline):
         sigmas = self.scheduler.sigmas
         steps = list(zip(sigmas[:-1], sigmas[1:], strict=True))
         for s, t in self.progress_bar(steps):  # pyright: ignore
-            velocity = self.transformer(x, s.to(dtype).expand(count), t.to(dtype).expand(count), condition)
+            velocity = self.velocity(x, s.expand(count), t.expand(count), condition)
             scale = self.scheduler.config.num_train_timesteps
             x = self.scheduler.step(velocity, scale * s, x, r_timestep=scale * t).prev_sample
 

@@ -7,7 +7,7 @@ point, and the conditional velocity is the marginal one.
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,14 @@ class Blind(GaussianBackbone):
         return super().forward(x, s, s, condition)
 
 
+class Wavy(Blind):
+    """Ignores the target time, and errs by waves over states and times."""
+
+    def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return the mean velocity (B, 5)."""
+        return super().forward(x, s, t, condition) + 0.2 * (3 * s).sin()[:, None] * x**2
+
+
 class LateError(GaussianBackbone):
     """Wrong by one for sources after 0.5, exact before."""
 
@@ -181,3 +189,25 @@ def gaussian_batch(
 def exact(*, mean: float = 0.7, std: float = 0.4, path: Literal["linear", "trig"] = "linear") -> FlowMap:
     """Return the exact flow map."""
     return FlowMap(GaussianBackbone(mean=mean, std=std, path=path))
+
+
+class Offset(FlowMap):
+    """A flow map plus a number for each element of v, whose gradient tells the residual there."""
+
+    def __init__(self, inner: FlowMap, like: Tensor) -> None:
+        super().__init__(inner.backbone, inner.path)
+        self.inner, self.offset = inner, nn.Parameter(torch.zeros_like(like))
+
+    def mean_velocity(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Return v(x, s, t) (B, 5)."""
+        return self.inner.mean_velocity(x, s, t, condition) + self.offset[: len(x)]
+
+
+def pull(rule: Any, batch: Batch, teacher: Any = None, *, of: FlowMap | None = None) -> Tensor:
+    """Return what a semigradient of jumps alone pulls each element of v by (B, 5): its residual.
+
+    The map, `of` or a wrong one, is one that jumps and velocities, x and times all tell from the exact one.
+    """
+    model = Offset(of or FlowMap(Wavy(path=rule.path.name)), batch.data)
+    (gradient,) = torch.autograd.grad(rule(model, batch, teacher)["loss"], [model.offset])
+    return gradient * (gradient.numel() / 2)

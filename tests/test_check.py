@@ -209,7 +209,7 @@ def test_an_encoding_that_was_stopped_gets_no_card(shards):
     (shards.folder / "dataset.json").unlink()
     assert repair_shards(shards.folder) == []
     (line,) = check_shards(shards.folder)
-    assert line.endswith("an encoding was stopped; run the same `shards encode` again")
+    assert line.endswith("what makes these shards was stopped; run the same command again")
 
 
 def test_the_command_repairs_and_tells(shards):

@@ -97,7 +97,7 @@ def test_a_teacher_in_half_precision_takes_them(kind):
 def test_the_pipeline_gives_what_the_sampler_gives(kind):
     make, given = GIVEN[kind]
     model = make()
-    pipe = FlowMapPipeline(model.backbone, FlowMapEulerDiscreteScheduler())
+    pipe = FlowMapPipeline(FlowMapEulerDiscreteScheduler(), transformer=model.backbone)
     pipe.set_progress_bar_config(disable=True)
     told = (
         {"class_labels": LABELS.tolist()}
@@ -109,7 +109,7 @@ def test_the_pipeline_gives_what_the_sampler_gives(kind):
 
 
 def test_what_the_pipeline_cannot_take_is_said():
-    pipe = FlowMapPipeline(of_captions().backbone, FlowMapEulerDiscreteScheduler())
+    pipe = FlowMapPipeline(FlowMapEulerDiscreteScheduler(), transformer=of_captions().backbone)
     for told, message in (
         ({"prompt_mask": TEXT.mask}, "prompt_mask is of prompt_embeds"),
         ({"prompt_embeds": TEXT.tokens, "class_labels": [1]}, "not both"),

@@ -1,5 +1,6 @@
 """Every mistake in a config is told by its dotted key, with what was found and what to do, word for word."""
 
+import dataclasses
 import importlib.resources
 import sys
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from driftmap.trainer.config import ConfigError, parse_yaml, read_config
+from driftmap.trainer.config import ConfigError, parse_yaml, plugin_names, read_config
+from driftmap.trainer.objectives.lagrangian import Lagrangian
 from driftmap.trainer.objectives.semigroup import Semigroup
-from driftmap.trainer.recipe import recipe_from, resolved, schema
+from driftmap.trainer.recipe import OBJECTIVES, recipe_from, resolved, schema
 
 GOOD = """
 data: {shards: there, batch_size: 8}
@@ -71,20 +73,21 @@ MISTAKES = {
     "(there are: accumulation, attention, channels_last, compile, keep, log_every, non_finite, precision, "
     "recompute_every, save_every, save_in_background, spike_factor, steps)",
     "teacher={run: r, guidence: 2}": "teacher.guidence: no such key; did you mean 'guidance'? "
-    "(there are: guidance, guidance_interval, guidance_rescale, precision, run, shard, weights)",
+    "(there are: guidance, guidance_interval, guidance_rescale, precision, run, shard, weak, weights)",
     "model.widht=3": "model.widht: no such key; did you mean 'width'? "
-    "(there are: channels, depth, num_classes, out_channels, width)",
+    "(there are: channels, depth, num_classes, out_channels, state_frequencies, width)",
     "objective.conditon_dropout=.1": "objective.conditon_dropout: no such key; "
-    "did you mean 'condition_dropout'? (there are: condition_dropout, coupling, path, times)",
+    "did you mean 'condition_dropout'? (there are: condition_dropout, coupling, guidance, path, times)",
     "objective.times={name: logit_normal, mena: 1}": "objective.times.mena: no such key; "
     "did you mean 'mean'? (there are: mean, name, shift, std)",
     "objective={name: semigroup, pairs: {times: {name: uniform, x: 1}}}": "objective.pairs.times.x: "
     "no such key (there are: name, shift)",
     # wrong names
     "objective.name=flow_maching": "objective.name: no such name 'flow_maching'; did you mean "
-    "'flow_matching'? (there are: autoencoder, classifier, ddpm, flow_matching, lagrangian, semigroup)",
+    "'flow_matching'? (there are: autoencoder, classifier, ddpm, discrete_eulerian, "
+    "distribution_matching, eulerian, flow_matching, lagrangian, semigroup, trajectory)",
     "model.name=mpl": "model.name: no such name 'mpl'; did you mean 'mlp'? "
-    "(there are: autoencoder_kl, convnet, dit, mlp)",
+    "(there are: autoencoder_kl, convnet, dit, mlp, unet)",
     "objective.times={name: logit_norm}": "objective.times.name: no such name 'logit_norm'; "
     "did you mean 'logit_normal'? (there are: logit_normal, uniform)",
     "objective.path={name: linea}": "objective.path.name: no such name 'linea'; "
@@ -272,6 +275,7 @@ def test_the_schema_lists_each_objective_with_its_settings() -> None:
     listed = {
         node["properties"]["name"]["const"]: node for node in schema()["properties"]["objective"]["oneOf"]
     }
-    assert set(listed) == {"autoencoder", "classifier", "ddpm", "flow_matching", "lagrangian", "semigroup"}
-    assert set(listed["lagrangian"]["properties"]) == {"name", "path", "pairs", "gradient", "derivative"}
+    assert set(listed) == set(plugin_names(OBJECTIVES))
+    fields = {field.name for field in dataclasses.fields(Lagrangian)}
+    assert set(listed["lagrangian"]["properties"]) == {"name", *fields}
     assert listed["lagrangian"]["properties"]["gradient"]["enum"] == ["residual", "semigradient"]

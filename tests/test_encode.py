@@ -137,10 +137,10 @@ def test_a_killed_encoding_goes_on_at_the_first_missing_shard(pictures, tmp_path
     with pytest.raises(ValueError, match="has no dataset.json, so it is not complete"):
         ShardSet.open(out)
     assert check_shards(out) == [
-        f"{out}/encoding.json: an encoding was stopped; run the same `shards encode` again"
+        f"{out}/encoding.json: what makes these shards was stopped; run the same command again"
     ]
     first = (out / "shard-000000.tar").stat().st_mtime_ns
-    with pytest.raises(ValueError, match=r"holds latents of .*'version': 1.*expected .*'version': 2"):
+    with pytest.raises(ValueError, match=r"holds what was made of .*'version': 1.*expected .*'version': 2"):
         encode_shards(pictures, out, [latents(version=2)])
 
     calls = []

@@ -6,13 +6,14 @@ import torch
 
 from driftmap.models.denoiser import Denoiser, Guided
 from driftmap.models.flow_map import FlowMap
+from driftmap.models.samplers import jump
 from driftmap.models.schedule import LinearBetas
 from driftmap.trainer.evaluate import noise_of, sample_noise, samplers
 from driftmap.trainer.features import CaptionJudge, Features
 from driftmap.trainer.judge import Judge, Meter, Prompts
 from driftmap.trainer.strategy import process_group
 from driftmap.trainer.world import World
-from oracle import GaussianBackbone
+from oracle import Blind, GaussianBackbone
 
 
 def test_a_guided_teacher_is_charged_two_evaluations_a_step():
@@ -35,6 +36,17 @@ def test_a_run_without_jumps_is_only_a_teacher():
     model = FlowMap(GaussianBackbone())
     rows = [(name, nfe) for name, _, nfe, _ in samplers(model, model, [1, 4], 16, jumps=False)]
     assert rows == [("teacher", 16), ("teacher", 1), ("teacher", 4)]
+
+
+def test_the_shift_moves_the_times_of_the_student_alone():
+    model, noise = FlowMap(Blind()), sample_noise(4, (5,), seed=0).double()
+    rows, even = (
+        {row[:3]: row[3] for row in samplers(model, model, [2], 4, shift=shift)} for shift in (1.5, 1)
+    )
+    expected = jump(model, noise, grid=torch.tensor([1, 0.6, 0], dtype=torch.float64))
+    torch.testing.assert_close(rows["student", "jump", 2](noise, None), expected)
+    assert not torch.equal(even["student", "jump", 2](noise, None), expected)
+    assert torch.equal(rows["teacher", "euler", 2](noise, None), even["teacher", "euler", 2](noise, None))
 
 
 def test_a_denoiser_is_never_asked_at_time_0_where_ddpm_trains_none():

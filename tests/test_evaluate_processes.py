@@ -114,6 +114,7 @@ def evaluated(scene):
 def test_two_processes_give_the_table_and_the_pictures_of_one(scene, evaluated):
     (one, numbers), (two, others) = (table(scene / f"run-{number}") for number in (1, 2))
     assert one == two
+    assert one["jumps"]["num_samples"] == 64 and one["jumps"]["grids"].keys() == {"2"}
     assert others.keys() == numbers.keys() and len(numbers) > 50
     for place, value in numbers.items():
         assert others[place] == (value if value is None else pytest.approx(value, rel=1e-9, abs=1e-12)), place

@@ -5,15 +5,19 @@ an ordinary function, and a finite difference of the loss in a parameter must gi
 """
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.func import jvp
 
 from driftmap.models.backbones.mlp import MLP
 from driftmap.models.flow_map import FlowMap
 from driftmap.trainer.objective import mean_square
+from driftmap.trainer.objectives.discrete_eulerian import DiscreteEulerian
+from driftmap.trainer.objectives.eulerian import Eulerian
 from driftmap.trainer.objectives.flow_matching import FlowMatching
 from driftmap.trainer.objectives.lagrangian import Lagrangian
 from driftmap.trainer.objectives.semigroup import Semigroup
@@ -27,6 +31,11 @@ RULES = {
     "semigroup": Semigroup(),
     "residual": Lagrangian(gradient="residual"),
     "semigradient": Lagrangian(gradient="semigradient"),
+    "eulerian residual": Eulerian(gradient="residual"),
+    "eulerian semigradient": Eulerian(velocity="self"),
+    "improved mean flow": Eulerian(direction="self"),
+    "its residual": Eulerian(direction="self", gradient="residual"),
+    "discrete eulerian": DiscreteEulerian(velocity="self"),
     "flow matching": FlowMatching(),
 }
 
@@ -51,9 +60,9 @@ class Replay:
         return self.said[(self.call - 1) % 2]
 
 
-def gradients(rule: Any, model: FlowMap, teacher: Any = None) -> list[Tensor]:
+def gradients(rule: Any, model: FlowMap, teacher: Any = None, target: Any = None) -> list[Tensor]:
     """Return the gradient of the loss in every parameter of the model."""
-    loss = rule(model, BATCH, teacher)["loss"]
+    loss = rule(model, BATCH, teacher, target)["loss"]
     found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, model.parameters(), strict=True)]
 
@@ -70,23 +79,28 @@ def difference_quotient(rule: Any, model: FlowMap, teacher: Any, direction: list
     return (losses[0] - losses[1]) / (2 * step)
 
 
-def test_the_residual_gradient_flows_through_the_derivative() -> None:
-    model, teacher, rule = tiny(), Replay(), RULES["residual"]
-    found = gradients(rule, model, teacher)
+@pytest.mark.parametrize("rule", [Lagrangian, Eulerian])
+def test_the_residual_gradient_flows_through_the_derivative(rule: Any) -> None:
+    model, teacher, residual = tiny(), Replay(), rule(gradient="residual")
+    found = gradients(residual, model, teacher)
     directions = [[torch.randn_like(p) for p in model.parameters()] for _ in range(3)]
     for direction in directions:
-        expected = difference_quotient(rule, model, teacher, direction)
+        expected = difference_quotient(residual, model, teacher, direction)
         along = sum((g * d).sum() for g, d in zip(found, direction, strict=True))
         torch.testing.assert_close(along, expected, rtol=1e-6, atol=1e-8)
-    frozen = gradients(RULES["semigradient"], model, teacher)
+    frozen = gradients(rule(gradient="semigradient"), model, teacher)
     assert (torch.cat([(a - b).flatten() for a, b in zip(found, frozen, strict=True)])).norm() > 1e-3
 
 
-@pytest.mark.parametrize("how", ["forward", "finite_difference"])
-def test_both_derivatives_have_the_same_residual_gradient(how: Any) -> None:
-    found = gradients(Lagrangian(derivative=how), tiny(), exact())
-    for gradient, reference in zip(found, gradients(RULES["residual"], tiny(), exact()), strict=True):
-        torch.testing.assert_close(gradient, reference, rtol=1e-6, atol=1e-8)
+@pytest.mark.parametrize("gradient", ["residual", "semigradient"])
+@pytest.mark.parametrize("rule", [Lagrangian, Eulerian])
+def test_both_derivatives_have_the_same_gradient(rule: Any, gradient: Any) -> None:
+    exactly, nearly = (
+        gradients(rule(gradient=gradient, derivative=how), tiny(), exact())
+        for how in ("forward", "finite_difference")
+    )
+    for one, other in zip(nearly, exactly, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
 def frozen_regression(model: FlowMap, target: Tensor) -> list[Tensor]:
@@ -98,7 +112,7 @@ def frozen_regression(model: FlowMap, target: Tensor) -> list[Tensor]:
 
 def jump_inputs() -> tuple[Tensor, Tensor, Tensor]:
     """Return x_s, s and t of a batch that holds jumps only."""
-    s, t = (time.double() for time in JUMPS.sample(BATCH.random))
+    s, t = (time.double() for time in JUMPS.sample(BATCH.random, BATCH.step))
     return (1 - s)[:, None] * BATCH.data + s[:, None] * BATCH.noise(), s, t
 
 
@@ -112,6 +126,38 @@ def test_the_semigradient_is_that_of_regression_onto_the_frozen_target() -> None
     torch.testing.assert_close(found, frozen_regression(model, target))
 
 
+@pytest.mark.parametrize("velocity", ["teacher", "self", "conditional"])
+@pytest.mark.parametrize("direction", ["velocity", "self"])
+def test_the_eulerian_semigradient_is_that_of_regression_too(velocity: Any, direction: Any) -> None:
+    """By torch.func's derivative along (x, s) itself, which the rule does not use."""
+    if velocity == direction == "self":
+        return
+    model, (x, s, t) = tiny(), jump_inputs()
+    with torch.no_grad():
+        of_data = BATCH.noise() - BATCH.data
+        own, taught = model.velocity(x, s), exact().velocity(x, s)
+        b = {"teacher": taught, "self": own, "conditional": of_data}[velocity]
+        along = own if direction == "self" else b
+        _, slope = jvp(lambda x, s: model.mean_velocity(x, s, t), (x, s), (along, torch.ones_like(s)))
+        target = b + (t - s)[:, None] * slope
+    rule = Eulerian(pairs=JUMPS, velocity=velocity, direction=direction)
+    torch.testing.assert_close(gradients(rule, model, exact()), frozen_regression(model, target))
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_the_gradient_of_a_short_step_is_that_of_regression_onto_it_over_its_length(solver: Any) -> None:
+    model, (x, s, t) = tiny(), jump_inputs()
+    with torch.no_grad():
+        u, b = s + 0.3 * (t - s), exact().velocity(x, s)
+        if solver == "heun":
+            b = (b + exact().velocity(x + (u - s)[:, None] * b, u)) / 2
+        end = model.jump(x + (u - s)[:, None] * b, u, t)
+        target = (end - x) / (t - s)[:, None]
+    found = gradients(DiscreteEulerian(pairs=JUMPS, fraction=0.3, solver=solver), model, exact())
+    expected = [gradient / 0.3 for gradient in frozen_regression(model, target)]
+    torch.testing.assert_close(found, expected)
+
+
 def test_the_semigroup_gradient_is_that_of_regression_onto_two_frozen_jumps() -> None:
     model, (x, s, t) = tiny(), jump_inputs()
     with torch.no_grad():
@@ -122,13 +168,18 @@ def test_the_semigroup_gradient_is_that_of_regression_onto_two_frozen_jumps() ->
     torch.testing.assert_close(found, frozen_regression(model, target))
 
 
-@pytest.mark.parametrize("gradient", ["residual", "semigradient"])
-def test_a_network_that_teaches_itself_teaches_as_its_frozen_copy(gradient: Any) -> None:
-    """Nothing flows through the velocity at the arrival, nor through the arrival X_{s,t}(x) into the jump."""
-    model, rule = tiny(), Lagrangian(pairs=JUMPS, gradient=gradient)
-    torch.testing.assert_close(
-        gradients(rule, model), gradients(rule, model, copy.deepcopy(model)), rtol=0, atol=0
-    )
+FROM_ITSELF = {name: rule for name, rule in RULES.items() if name not in ("semigroup", "flow matching")}
+
+
+@pytest.mark.parametrize("rule", FROM_ITSELF)
+def test_a_network_that_teaches_itself_teaches_as_its_frozen_copy(rule: str) -> None:
+    """Nothing flows through b, nor through the state where the Lagrangian rule asks for it, into the jump."""
+    model, whole = tiny(), replace(FROM_ITSELF[rule], pairs=JUMPS)
+    itself, copied = gradients(whole, model), gradients(whole, model, None, copy.deepcopy(model))
+    torch.testing.assert_close(itself, copied, rtol=0, atol=0)
+    moved = copy.deepcopy(model)
+    moved.backbone.outputs.bias.data += 1
+    assert not torch.allclose(copied[0], gradients(whole, model, None, moved)[0])
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -84,7 +84,9 @@ def test_every_file_that_is_no_python_is_packed_as_well() -> None:
                 assert any(file.match(pattern) for pattern in packed.get(package, [])), f"{file} is left out"
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["likelihood"], ["shards"], ["config"], ["quickstart"]])
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["likelihood"], ["shards"], ["config"], ["quickstart"], ["trajectories"]]
+)
 def test_help_needs_neither_torch_nor_diffusers(command: list[str]) -> None:
     script = (
         "import sys\n"

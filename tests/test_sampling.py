@@ -9,7 +9,7 @@ from PIL import Image
 
 from driftmap.data.sources import digits, make_shards
 from driftmap.launch.cli import main
-from driftmap.launch.export import export
+from driftmap.launch.export import check_export, export
 from driftmap.launch.sampling import SamplingRequest, sample_run
 from driftmap.trainer.build import train
 from driftmap.trainer.config import ConfigError, read_config
@@ -28,12 +28,13 @@ DIT = {
 OBJECTIVES = {
     "ddpm": {"name": "ddpm", "condition_dropout": 0.5},
     "flow": {"name": "flow_matching", "condition_dropout": 0.5},
+    "student": {"name": "semigroup"},
 }
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: Any) -> Path:
-    """Return a folder with digits and two short runs."""
+    """Return a folder with digits and three short runs."""
     folder = tmp_path_factory.mktemp("sampling")
     make_shards(digits("held_out"), folder / "digits")
     for name, objective in OBJECTIVES.items():
@@ -58,6 +59,7 @@ METHODS = [
     ("flow", None),
     ("flow", "heun"),
     ("flow", "edm:churn=4"),
+    ("student", "gamma:gamma=0.8"),
 ]
 
 
@@ -87,6 +89,26 @@ def test_samplers_guidance_and_seeds_make_a_difference(home: Path) -> None:
     assert np.array_equal(sampled(home, "flow"), sampled(home, "flow", sampler="euler"))
 
 
+def test_times_are_given_shifted_or_even(home: Path) -> None:
+    even = sampled(home, "flow", nfe=2)
+    assert np.array_equal(sampled(home, "flow", nfe=None, grid=(1, 0.5, 0)), even)
+    shifted = sampled(home, "flow", nfe=2, shift=1.5)
+    assert np.array_equal(sampled(home, "flow", nfe=None, grid=(1, 0.6, 0)), shifted)
+    assert not np.array_equal(shifted, even)
+
+
+def test_noise_between_jumps_and_adaptive_jumps(home: Path) -> None:
+    jumps = sampled(home, "student", nfe=2)
+    assert np.array_equal(sampled(home, "student", nfe=2, sampler="gamma:gamma=0"), jumps)
+    noisy = sampled(home, "student", nfe=2, sampler="gamma:gamma=0.5")
+    restart = sampled(home, "student", nfe=None, grid=(1, 0.6, 0.6, 0), sampler="gamma:gamma=0.5")
+    assert not np.array_equal(noisy, jumps) and not np.array_equal(noisy, restart)
+    request = SamplingRequest(home / "student", 3, 10, sampler="adaptive:tolerance=0.02")
+    evaluations = sample_run(request, home / "out.png")
+    assert evaluations is not None and len(evaluations) == 10 and (evaluations % 5 == 3).all()
+    assert evaluations.max() > 3
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -97,6 +119,13 @@ def test_samplers_guidance_and_seeds_make_a_difference(home: Path) -> None:
         ),
         ({"sampler": "heun", "nfe": 6, "guidance": 2.0}, "--nfe 6: a step of heun takes 4 evaluations here"),
         ({"sampler": "jump", "guidance": 2.0}, "--sampler jump: a jump cannot be guided"),
+        ({"sampler": "gamma", "guidance": 2.0}, "--sampler gamma: a jump cannot be guided"),
+        ({"sampler": "adaptive"}, "--nfe 4: a step of adaptive takes 3 evaluations here"),
+        ({"grid": (1, 0.5, 0)}, "--grid has all the times"),
+        ({"nfe": None, "grid": (1, 0.5, 0.5, 0)}, "--grid 1,0.5,0.5,0: expected times that fall from 1 to 0"),
+        ({"nfe": None, "grid": (0.9, 0)}, "--grid 0.9,0: expected times that fall from 1 to 0"),
+        ({"nfe": None, "grid": (1, 1, 0), "sampler": "gamma"}, "--grid 1,1,0: expected times"),
+        ({"sampler": "edm", "shift": 2.0}, "--shift 2: edm has times of its own"),
         ({"rescale": 0.5}, "guidance 1 is none: rescaling and autoguidance have no effect; raise it"),
         ({"guidance": 2.0, "weak": "flow"}, "a weak run of the run's own path and sample shape"),
     ],
@@ -108,15 +137,31 @@ def test_what_does_not_go_together_is_refused(home: Path, settings: dict[str, An
         sampled(home, **settings)
 
 
-def test_the_command_takes_them(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_takes_them(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     out = home / "command.png"
     words = ["sample", home / "ddpm", "--out", out, "--sampler", "dpm_solver", "--nfe", 8, "--count", 4]
     words += ["--guidance", 3, "--rescale", 0.7]
+    assert called(monkeypatch, words) == 0
+    assert out.read_bytes()[:4] == b"\x89PNG"
+    few = ["sample", home / "student", "--out", home / "few.png", "--count", 4]
+    assert called(monkeypatch, [*few, "--grid", "1,0.6,0", "--sampler", "gamma:gamma=1"]) == 0
+    assert called(monkeypatch, [*few, "--nfe", 3, "--sampler", "adaptive:tolerance=1e-9,halvings=1"]) == 0
+    assert "evaluations a sample: 8.0 on average, 8 at most" in capsys.readouterr().out
+    assert called(monkeypatch, [*few, "--grid", "1,half,0"]) == 2
+    assert "--grid 1,half,0: expected times, such as 1,0.6,0" in capsys.readouterr().err
+
+
+def called(monkeypatch: pytest.MonkeyPatch, words: list[Any]) -> Any:
+    """Call the command line, and return its exit code."""
     monkeypatch.setattr("sys.argv", ["driftmap", *map(str, words)])
     with pytest.raises(SystemExit) as ended:
         main()
-    assert ended.value.code == 0
-    assert out.read_bytes()[:4] == b"\x89PNG"
+    return ended.value.code
+
+
+def test_a_pipeline_goes_along_the_shifted_times(home: Path) -> None:
+    export(home / "student", home / "pipeline", shift=1.5)
+    assert check_export(home / "pipeline", home / "student", shift=1.5) < 1e-5
 
 
 def test_a_denoiser_is_not_exported_as_a_flow_map(home: Path) -> None:

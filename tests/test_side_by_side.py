@@ -101,12 +101,17 @@ def test_pictures_of_one_seed_stand_together_and_of_two_apart(runs: list[Path]):
     assert "<img" not in side_by_side(text) and text.count("student-nfe-04.png") == 2
 
 
-def test_losses_by_time_bin_of_all_runs_share_a_chart(runs: list[Path]):
+@pytest.mark.parametrize("by, name", [("t", "time bin (0: data)"), ("gap", "gap bin (0: short jumps)")])
+def test_losses_by_bin_of_all_runs_share_a_chart(runs: list[Path], by: str, name: str):
+    for run in runs[:2]:
+        log = run / "log.jsonl"
+        log.write_text(log.read_text().replace("error_t", f"error_{by}"))
     text = text_of(runs[:2])
-    chart = re.search(r"<h2>Losses by time bin</h2>.*?</section>", text, re.DOTALL)
-    assert chart and "error by time bin at the end (0: data)" in chart[0]
+    chart = re.search(r"<h2>Losses by time and gap</h2>.*?</section>", text, re.DOTALL)
+    assert chart and f"error by {name} at the end" in chart[0]
     assert all(f">{run.name}</text>" in chart[0] for run in runs[:2])
-    assert "Losses by time bin" not in text_of(runs[:1])
+    assert text.count(f"<figcaption>error by {name}</figcaption>") == 2, "each run's own"
+    assert "Losses by time and gap" not in text_of(runs[:1])
 
 
 def test_runs_of_one_name_are_told_apart_by_the_folders_above(tmp_path: Path):

@@ -15,7 +15,9 @@ from driftmap.models.guidance import Autoguided, Rescaled
 from driftmap.models.path import Linear, Trig, expand
 from driftmap.models.samplers import ddim, jump, time_grid
 from driftmap.models.schedule import Cosine, ScaledLinearBetas
-from driftmap.trainer.build import build, load_model, train
+from driftmap.trainer import cost
+from driftmap.trainer.build import build, check_inputs, load_flow_map, load_model, train
+from driftmap.trainer.checkpoint import fingerprint
 from driftmap.trainer.config import ConfigError, read_config
 from driftmap.trainer.objectives.flow_matching import FlowMatching
 from driftmap.trainer.objectives.lagrangian import Lagrangian
@@ -243,6 +245,50 @@ def test_a_teacher_on_the_students_path_is_taken_as_it_is(home: Path, tmp_path: 
     objective = {"name": "semigroup", "path": {"name": "cosine"}}
     made = build(recipe(home, "same", teacher=section, objective=objective), tmp_path)
     assert isinstance(made.strategy.task._frozen[0], Denoiser)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_weak_run_guides_a_teacher(home: Path, tmp_path: Path, precision: str) -> None:
+    section = {"run": home / "cosine-v", "weak": home / "data", "guidance": 2.0, "precision": precision}
+    section = {key: str(value) if isinstance(value, Path) else value for key, value in section.items()}
+    objective = {"name": "semigroup", "path": {"name": "cosine"}}
+    made = build(recipe(home, "guided", teacher=section, objective=objective), tmp_path)
+    strong, weak = load_flow_map(home / "cosine-v"), load_flow_map(home / "data")
+    x, t = torch.randn(100, 2), torch.linspace(0.1, 0.9, 100)
+    expected = 2 * strong.velocity(x, t) - weak.velocity(x, t)
+    error = made.strategy.task._frozen[0].velocity(x, t) - expected
+    assert error.square().mean() / expected.square().mean() < (1e-12 if precision == "fp32" else 0.05**2)
+    # A run goes on only with the same two networks.
+    assert made.lineage["teacher"] == f"{fingerprint(strong)}+{fingerprint(weak)}"
+
+
+@pytest.mark.parametrize(
+    ("weak", "guidance", "message"),
+    [
+        ("data", 1.0, r"^teacher: guidance 1 is none: .* autoguidance have no effect"),
+        ("edm", 2.0, r"^teacher: autoguidance takes .* a weak run of the run's own path"),
+    ],
+)
+def test_a_weak_run_that_cannot_guide_is_refused(
+    home: Path, weak: str, guidance: float, message: str
+) -> None:
+    section = {"run": str(home / "cosine-v"), "weak": str(home / weak), "guidance": guidance}
+    with pytest.raises(ConfigError, match=message):
+        check_inputs(recipe(home, "refused", teacher=section, objective={"name": "semigroup"}))
+
+
+def test_both_networks_of_an_autoguided_teacher_are_counted(home: Path) -> None:
+    section = {"run": str(home / "cosine-v"), "guidance": 2.0}
+    plain, guided = (
+        recipe(home, "counted", teacher=section | more, objective={"name": "flow_matching"})
+        for more in ({"guidance": 1.0}, {"weak": str(home / "data")})
+    )
+    frozen = [cost.held(each, cost.network_of(each.model), 1).frozen for each in (plain, guided)]
+    assert frozen[1] == 2 * frozen[0] > 0
+    calls = [sum(cost.evaluations(each).values()) for each in (plain, guided)]
+    assert calls == [2, 3]
+    forward = 2 * (34 * 16 + 2 * 16 * 16 + 16 * 2)  # of a perceptron
+    assert cost.flops(guided) - cost.flops(plain) == forward
 
 
 @pytest.mark.parametrize("rule", ["semigroup", "lagrangian"])

@@ -13,11 +13,13 @@ the same folder goes on at the next sample, on any number of processes, under an
     objective.py   what an objective is; the diagonal rule they share
     objectives/    one file per loss; the file's name is its name in a config
     weighting.py   weights of a denoising loss; coupling.py: which noise belongs to which data
+    error_weighting.py  what is minimised of a jump's error
     meaning.py     what a run's network predicts, kept with it; guiding.py: guidance that is asked for
     tangent.py     derivatives along the target time: forward mode or finite difference
     self_test.py   one batch shows that they are right where the run is
     times.py       distributions of t and of pairs (s, t)
     seeds.py       random numbers as a function of (seed, position, purpose)
+    trajectories.py  a teacher's solutions as a data set, see objectives/trajectory.py
     encode.py      which autoencoder and text encoder made a data set, and making it
     fit.py         whether samples, classes and captions fit the networks
     latents.py     posterior moments become scaled latents
@@ -28,15 +30,18 @@ the same folder goes on at the next sample, on any number of processes, under an
     blocks.py      what is done to every repeated block: recomputing, compiling, attention
     fragment.py    what a process holds of the parameters
     ema.py         running means of fragments; posthoc.py: means of any width afterwards
+    target.py      a frozen copy of the network that holds one of them
+    teacher.py     the velocity of a frozen run, guided
     pieces.py      fragments as files; checkpoint.py reads and restores them, saver.py writes them
     guard.py       what happens where numbers are no numbers
     hooks.py  log.py  progress.py
     cost.py        bytes and operations of a recipe
     evaluate.py    quality against number of evaluations
+    agreement.py   how far jumps agree, and the best grids; inversion.py: data to noise and back
     validation.py  evaluation while a run trains; held_out.py: on what, and compared with what
     features.py    the networks that it sees with; judge.py: what it keeps of what it sees
     references.py  the real pictures, measured once; metrics/: the distances
     likelihood.py  bounds and densities of data; measuring.py: over a whole set; rate_distortion.py
-    report.py      run folders as one HTML page; comparison.py, likelihood_tables.py: side by side
+    report.py      run folders as one HTML page; comparison.py, ..._tables.py: its tables
     charts.py      lines as inline SVG
 """

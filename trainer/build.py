@@ -9,7 +9,6 @@ import json
 import platform
 import re
 import subprocess
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,16 @@ from torch import nn
 
 from ..data.resampled import first_batch
 from ..data.shards import ShardSet, write_atomically
-from ..models.denoiser import Along, InBf16
-from ..models.flow_map import FlowMap, Velocity
+from ..models.flow_map import FlowMap
 from .batches import batches_of
 from .blocks import set_up_blocks
-from .checkpoint import CheckpointError, fingerprint, load_weights, newest, restore
+from .checkpoint import CheckpointError, load_weights, newest, restore
 from .compatibility import check_compatibility
 from .config import ConfigError, checked, plugin_class, split_name
 from .ema import Ema, kinds_of
-from .fit import check_data, check_teacher
+from .error_weighting import log_variance_of
+from .fit import check_data, check_trajectories
 from .guard import Guard
-from .guiding import guided
 from .hooks import show_progress, stop_at_signals, update_ema
 from .latents import Preparation
 from .log import Journal
@@ -38,10 +36,12 @@ from .loop import Hook, Run, Task
 from .meaning import flow_of, meaning_after, meaning_of
 from .optim import learning_rate
 from .posthoc import Snapshots
-from .recipe import NETWORKS, DataSection, Recipe, network_kind, resolved
+from .recipe import NETWORKS, DataSection, Recipe, network_kind, recipe_from, resolved
 from .saver import Saver
 from .self_test import check_tangent
 from .strategy import strategy_of, trainable
+from .tangent import load_forward_rules
+from .target import target_of
 
 # What changes nothing about the weights, or only when training ends.
 MAY_CHANGE = re.compile(
@@ -76,22 +76,36 @@ def _validation(run: Run) -> list[Hook]:
 
 def build(recipe: Recipe, folder: Path) -> Run:
     """Return the run of a recipe, without hooks, at its last checkpoint if it has one."""
+    from .teacher import teacher_of  # it reads runs by what this file has
+
     shards = recipe.data.open()
     strategy = strategy_of(recipe)
     world = strategy.world
     model, network = _model(recipe)
     check_data(model, network, shards)
+    check_trajectories(recipe.objective, model, shards)
     check_compatibility(recipe, model)
-    set_up_blocks(model, recipe.training)
+    differentiates = recipe.objective.tangent.startswith("forward")
+    if differentiates:
+        load_forward_rules()
     if recipe.training.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    prepare = Preparation.of(shards.info, seed=recipe.seed, device=world.device)
-    teacher, teacher_weights = _teacher(recipe, model, shards, world.device, shard=strategy.shard_frozen)
+    target = target_of(recipe, model, strategy)
+    set_up_blocks(model, recipe.training)
+    prepare = Preparation.of(
+        shards.info, seed=recipe.seed, device=world.device, batch_size=recipe.data.batch_size
+    )
+    teacher, teacher_weights = teacher_of(recipe, model, shards, world.device, shard=strategy.shard_frozen)
     world.first(lambda: _check_recipe(recipe, folder))
     checkpoint = world.first(lambda: newest(folder))
     shapes = {name: tuple(parameter.shape) for name, parameter in trainable(model).items()}
     task = Task(
-        model, recipe.objective, prepare=prepare, teacher=teacher, precision=recipe.training.precision
+        model,
+        recipe.objective,
+        prepare=prepare,
+        teacher=teacher,
+        target=target,
+        precision=recipe.training.precision,
     )
     strategy.prepare(task, model, recipe.optimizer)
     run = Run(
@@ -101,6 +115,7 @@ def build(recipe: Recipe, folder: Path) -> Run:
         shapes=shapes,
         strategy=strategy,
         ema=Ema(strategy.fragments, kinds_of(recipe.ema)),
+        target=target,
         shards=shards,
         lineage={"seed": recipe.seed, "dataset": shards.fingerprint, "teacher": teacher_weights},
         batches=batches_of(
@@ -115,7 +130,7 @@ def build(recipe: Recipe, folder: Path) -> Run:
     )
     if checkpoint:
         restore(run, checkpoint)
-    if recipe.objective.tangent.startswith("forward"):
+    if differentiates:
         check_tangent(strategy, task, first_batch(shards, 8))
     world.first(lambda: _write_run_files(recipe, network, folder))
     return run
@@ -123,11 +138,14 @@ def build(recipe: Recipe, folder: Path) -> Run:
 
 def check_inputs(recipe: Recipe) -> None:
     """Raise where the shards, the runs or the classes that a recipe names are missing or do not fit."""
+    from .teacher import teacher_of
+
     shards = recipe.data.open()
     model, network = _model(recipe)
     check_data(model, network, shards)
+    check_trajectories(recipe.objective, model, shards)
     check_compatibility(recipe, model)
-    _teacher(recipe, model, shards, torch.device("cpu"), shard=None)
+    teacher_of(recipe, model, shards, torch.device("cpu"), shard=None)
     if recipe.evaluation is not None:
         from .held_out import gallery_of, held_out_of
 
@@ -153,11 +171,13 @@ def load_model(folder: Path, *, weights: str = "ema") -> nn.Module:
 
 
 def _loaded(model: nn.Module, folder: Path, *, weights: str = "ema") -> nn.Module:
-    """Return a model with the weights of a run."""
+    """Return a model with the weights of a run, all but those that only its loss was made with."""
     checkpoint = newest(folder)
     if checkpoint is None:
         raise CheckpointError(f"{folder} has no checkpoint yet; train it first")
-    load_weights(model, checkpoint.weights(weights), source=checkpoint.folder)
+    saved = checkpoint.weights(weights).items()
+    kept = {name: value for name, value in saved if not name.startswith("log_variance.")}
+    load_weights(model, kept, source=checkpoint.folder)
     return model.eval().requires_grad_(False)
 
 
@@ -197,57 +217,29 @@ def _text_of_run(folder: Path, name: str) -> str:
 
 
 def _model(recipe: Recipe) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the model to train and its network's settings."""
-    if "from_run" in recipe.model:
-        source = Path(recipe.model["from_run"])
-        network = settings_of_run(source)
-        network["means"] = meaning_after(network.get("means"), recipe.objective, source=source)
-        return _loaded(make_network(network), source).train().requires_grad_(True), network
-    network = {**recipe.model, "means": meaning_of(recipe.objective)}
+    """Return the model to train, with what its loss needs of it, and its network's settings."""
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        return make_network(network), network
-
-
-def _teacher(
-    recipe: Recipe,
-    student: nn.Module,
-    shards: ShardSet,
-    device: torch.device,
-    *,
-    shard: Callable[[nn.Module], None] | None,
-) -> tuple[Velocity | None, str | None]:
-    """Return the velocity that teaches and the fingerprint of its weights."""
-    section = recipe.teacher
-    if section is None:
-        return None, None
-    model = load_model(section.run, weights=section.weights).to(device)
-    if not isinstance(model, FlowMap):
-        raise ConfigError(
-            f"teacher.run: {section.run} holds no flow map; give a run of a generative objective"
-        )
-    check_data(model, settings_of_run(section.run), shards, name=f"the teacher {section.run}")
-    check_teacher(model, run_recipe(section.run), shards)
-    weights = fingerprint(model)
-    if section.precision == "bf16":
-        model = model.bfloat16()
-    if section.shard and shard is not None:
-        shard(model.backbone)
-    velocity = guided(
-        model, section.guidance, interval=section.guidance_interval, rescale=section.guidance_rescale
-    )
-    if section.precision == "bf16":
-        velocity = InBf16(velocity)
-    if isinstance(student, FlowMap) and student.path != model.path:
-        velocity = Along(velocity, model.path, student.path)
-    return velocity, weights
+        if "from_run" in recipe.model:
+            source = Path(recipe.model["from_run"])
+            network = settings_of_run(source)
+            network["means"] = meaning_after(network.get("means"), recipe.objective, source=source)
+            model = _loaded(make_network(network), source).train().requires_grad_(True)
+        else:
+            network = {**recipe.model, "means": meaning_of(recipe.objective)}
+            model = make_network(network)
+        if isinstance(model, FlowMap):
+            model.log_variance = log_variance_of(recipe.objective)
+    return model, network
 
 
 def _check_recipe(recipe: Recipe, folder: Path) -> None:
     """Raise ConfigError where a folder holds a run of another recipe."""
     file = folder / "recipe.yaml"
     if file.exists():
-        differences = _differences(yaml.safe_load(file.read_text()), resolved(recipe))
+        # Read as a recipe is, so that settings which came later have their defaults.
+        old = resolved(recipe_from(yaml.safe_load(file.read_text())))
+        differences = _differences(old, resolved(recipe))
         if differences:
             raise ConfigError(
                 f"{folder} holds a run of another recipe: {'; '.join(differences)}. "

@@ -16,9 +16,11 @@ Row = dict[str, Any]
 MODELS = ("teacher", "student")
 CURVE_POINTS = 200
 MARKERS = "os^DvP"
+BINS = {"t": "time bin (0: data)", "gap": "gap bin (0: short jumps)"}  # by the ends of names in a log
+BINNED = re.compile(rf"(.+)_({'|'.join(BINS)})(\d+)")
 
 # Variables of the page's style sheet, which says what they are in the light and in the dark. Matplotlib draws
-# with stand-ins for them: "#fd00" and a variable's place here, or "#fe00" and a time bin's place in percent.
+# with stand-ins for them: "#fd00" and a variable's place here, or "#fe00" and a bin's place in percent.
 VARIABLES = ("ink-soft", "line", *MODELS, *(f"series-{place}" for place in range(6)))
 COLOURS = {name: f"#fd00{place:02}" for place, name in enumerate(VARIABLES)}
 CHART_STYLE: dict[Any, Any] = {

@@ -25,6 +25,7 @@ from .fragment import MOMENTS, Fragment
 from .log import warn
 from .loop import Run
 from .pieces import Pieces, file_name
+from .target import follow
 
 
 class CheckpointError(ValueError):
@@ -92,6 +93,7 @@ def restore_weights(run: Run, checkpoint: Checkpoint) -> None:
     run.strategy.num_updates = checkpoint.state["optimizer_updates"]
     run.strategy.scale = checkpoint.state["loss_scale"]
     run.strategy.refresh()
+    follow(run)
 
 
 def _check_fit(run: Run, kinds: dict[str, Pieces], folder: Path) -> None:

@@ -4,13 +4,12 @@ Numbers are comparable where features, number of samples and reference pictures 
 the same noise where the seed is the same too.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup
 
-from .charts import COLOURS, Line, Row, chart, number, points, run_line
+from .charts import BINNED, BINS, COLOURS, Line, Row, chart, number, points, run_line
 
 SAME = ("features", "features_hash", "num_samples", "num_references", "reference")
 LAST_SHARE = 10  # a loss at the end of training is the mean of the last tenth of its log
@@ -26,15 +25,15 @@ def compared(runs: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def bin_charts(runs: Sequence[Row]) -> list[tuple[str, Markup]]:
-    """Draw what every run's log ends with by time bin, one chart a kind of loss that two or more have."""
-    kinds: dict[str, list[Line]] = {}
+    """Draw what every run's log ends with by bin, one chart a kind of loss that two or more have."""
+    kinds: dict[tuple[str, str], list[Line]] = {}
     for place, run in enumerate(runs):
         for kind, bins in _last_bins(run["log"]).items():
             x, y = zip(*sorted(bins.items()), strict=True)
             kinds.setdefault(kind, []).append(run_line(run["name"], x, y, place))
     return [
-        (f"{kind} by time bin at the end (0: data)", chart(lines, "time bin"))
-        for kind, lines in sorted(kinds.items())
+        (f"{kind} by {BINS[by]} at the end", chart(lines, "bin"))
+        for (kind, by), lines in sorted(kinds.items(), reverse=True)
         if len(lines) > 1
     ]
 
@@ -106,12 +105,12 @@ def _samples(runs: list[Row]) -> dict[str, Any] | None:
     return {"columns": columns, "rows": list(rows.values())} if rows else None
 
 
-def _last_bins(log: Sequence[Row]) -> dict[str, dict[int, float]]:
-    """Give the means of the last tenth of a log, by kind of loss and time bin."""
+def _last_bins(log: Sequence[Row]) -> dict[tuple[str, str], dict[int, float]]:
+    """Give the means of the last tenth of a log, by kind of loss, what its bins are of, and bin."""
     last = log[-max(1, len(log) // LAST_SHARE) :]
-    bins: dict[str, dict[int, float]] = {}
+    bins: dict[tuple[str, str], dict[int, float]] = {}
     for key in sorted({key for row in last for key in row}):
-        if binned := re.fullmatch(r"((?:loss|error).*)_t(\d+)", key):
+        if (binned := BINNED.fullmatch(key)) and key.startswith(("loss", "error")):
             values = points(last, "step", key)[1]
-            bins.setdefault(binned[1], {})[int(binned[2])] = sum(values) / len(values)
+            bins.setdefault((binned[1], binned[2]), {})[int(binned[3])] = sum(values) / len(values)
     return bins

@@ -5,6 +5,7 @@ What is not refused here is in the matrix of tests/test_strategies.py.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -15,13 +16,18 @@ from .recipe import Fsdp, Recipe, Zero, objective_name
 
 INSTEAD = (
     "use strategy fsdp or zero2, or an objective without that derivative: derivative: finite_difference, "
-    "gradient: semigradient, or the semigroup rule"
+    "gradient: semigradient, or the rules semigroup and discrete_eulerian"
 )
 
 
 def check_compatibility(recipe: Recipe, model: nn.Module) -> None:
     """Raise ConfigError with a line for every combination of settings that does not work."""
-    problems = [*_of_derivatives(recipe, model), *_of_strategies(recipe), *_without_effect(recipe, model)]
+    problems = [
+        *_of_derivatives(recipe, model),
+        *_of_differences(recipe, model),
+        *_of_strategies(recipe),
+        *_without_effect(recipe, model),
+    ]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -59,11 +65,27 @@ def _of_derivatives(recipe: Recipe, model: nn.Module) -> Iterator[str]:
         )
 
 
+def _of_differences(recipe: Recipe, model: nn.Module) -> Iterator[str]:
+    """Yield what the steps of tangent.py are too long for."""
+    objective: Any = recipe.objective
+    along_s = objective_name(objective) == "eulerian" and objective.derivative == "finite_difference"
+    if along_s and any(getattr(module, "max_radians", 100) > 100 for module in model.modules()):
+        yield (
+            "objective.derivative: this network sees waves of 1000 radians in the time that objective "
+            "'eulerian' moves, and a finite difference has a step for 100 (its error was 101 %); use forward"
+        )
+
+
 def _of_strategies(recipe: Recipe) -> Iterator[str]:
     """Yield what a strategy cannot do."""
     strategy, training = recipe.strategy, recipe.training
     if isinstance(strategy, Zero) and training.precision == "fp16":
         yield f"training.precision: {strategy.name} would train without loss scaling in fp16; use bf16"
+    if strategy.name == "zero3" and recipe.ema.target is not None:
+        yield (
+            "ema.target: under zero3 no process has the parameters that a target network is copied from; use "
+            "strategy fsdp, which shards it, or zero2, or remove it"
+        )
     if not isinstance(strategy, Zero | Fsdp):
         return
     if training.channels_last:

@@ -2,6 +2,8 @@
 
 A plug-in (an objective, a network) is found by its file's name: `{name: semigroup, ...}` is the class
 `Semigroup` of objectives/semigroup.py, and a dotted path `my_lab.losses:Mine` is a user's own class.
+
+A preset, `preset: meanflow`, is the settings of configs/presets/meanflow.yaml, under a config's own.
 """
 
 import difflib
@@ -11,6 +13,7 @@ import inspect
 import pkgutil
 import re
 from collections.abc import Iterable
+from importlib import resources
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -71,7 +74,38 @@ def read_config(file: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
         )
     for override in overrides:
         _apply(settings, override)
-    return settings
+    return _on_preset(settings) if settings.get("preset") is not None else settings
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets: their files."""
+    files = (resources.files("driftmap.configs") / "presets").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def _on_preset(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings on top of those of the preset that they name; the rule is the preset's."""
+    name, own = str(settings["preset"]), {key: settings[key] for key in settings if key != "preset"}
+    if name not in preset_names():
+        raise ConfigError(f"preset: no such preset {name!r}{nearest(name, preset_names())}")
+    file = resources.files("driftmap.configs") / "presets" / f"{name}.yaml"
+    below = parse_yaml(file.read_text(), source=f"the preset {name}")
+    rule, objective = below["objective"]["name"], own.get("objective", {})
+    if isinstance(objective, dict) and objective.get("name", rule) != rule:
+        raise ConfigError(
+            f"objective.name: {objective['name']!r}, but the preset {name!r} is of the objective {rule!r}; "
+            "remove the config's objective, or preset"
+        )
+    return _merged(below, own)
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """Return settings key by key, `above` where both have one; a thing of another name is another thing."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    if "name" in above and above["name"] != below.get("name"):
+        return above
+    return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
 
 
 def _apply(settings: dict[str, Any], override: str) -> None:

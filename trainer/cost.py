@@ -39,8 +39,9 @@ from ..models.path import expand
 from .blocks import blocks
 from .build import make_network, settings_of_run
 from .ema import kinds_of
+from .error_weighting import log_variance_of
 from .guiding import guided
-from .objective import Batch
+from .objective import Batch, States
 from .recipe import Ddp, Fsdp, Recipe, Zero
 from .seeds import Random
 from .strategy import trainable
@@ -109,8 +110,11 @@ def held(recipe: Recipe, model: nn.Module, world: int) -> Held:
     strategy, means = recipe.strategy, len(kinds_of(recipe.ema))
     whole, share = ELEMENT * num_parameters(model), ELEMENT * _share(model, strategy, world)
     frozen = num_bytes(model) - whole
+    if recipe.ema.target is not None:
+        frozen += share if isinstance(strategy, Fsdp) else whole
     if recipe.teacher is not None:
-        teacher = num_bytes(network_of({"from_run": recipe.teacher.run}))
+        runs = [run for run in (recipe.teacher.run, recipe.teacher.weak) if run is not None]
+        teacher = sum(num_bytes(network_of({"from_run": run})) for run in runs)
         teacher //= 2 if recipe.teacher.precision == "bf16" else 1
         group = isinstance(strategy, Fsdp) and (strategy.shard_size or world)
         frozen += ceil(teacher / group) if recipe.teacher.shard and group else teacher
@@ -167,9 +171,9 @@ def _gathered(model: nn.Module, precision: str) -> int:
 
 
 class Evaluation(NamedTuple):
-    """How a network is called: whether it is the teacher, keeps gradients, is derived along a direction."""
+    """How a network is called: a frozen run's or (None) the own one, with gradients, along a direction."""
 
-    teacher: bool
+    run: Path | None
     gradient: bool
     tangent: bool
 
@@ -177,18 +181,18 @@ class Evaluation(NamedTuple):
 class _Notes(nn.Module):
     """A backbone that only notes how it is called; its output depends on all that it is given."""
 
-    def __init__(self, network: FlowMap, calls: Counter[Evaluation], *, teacher: bool) -> None:
+    def __init__(self, network: FlowMap, calls: Counter[Evaluation], run: Path | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(()), requires_grad=not teacher)
+        self.weight = nn.Parameter(torch.ones(()), requires_grad=run is None)
         self.sample_shape = network.sample_shape
-        self.null_label = None if network.null_condition is None else 0  # a class stands for a caption, too
-        self.calls, self.teacher = calls, teacher
+        self.null_label = None if network.null_condition is None else 1  # a class stands for a caption, too
+        self.calls, self.run = calls, run
 
     def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """Return a tensor like x."""
         dual = fwad._current_level >= 0 and any(fwad.unpack_dual(y).tangent is not None for y in (x, s, t))
-        gradient = torch.is_grad_enabled() and not self.teacher
-        self.calls[Evaluation(self.teacher, gradient, dual)] += len(x)
+        gradient = torch.is_grad_enabled() and self.run is None
+        self.calls[Evaluation(self.run, gradient, dual)] += len(x)
         return self.weight * (x + expand(s - t, x))
 
 
@@ -197,18 +201,31 @@ def evaluations(recipe: Recipe) -> dict[Evaluation, float]:
     calls: Counter[Evaluation] = Counter()
     network, teacher = network_of(recipe.model), None
     assert isinstance(network, FlowMap)
-    if recipe.teacher is not None:
-        taught_by = network_of({"from_run": recipe.teacher.run})
-        assert isinstance(taught_by, FlowMap)
-        notes = FlowMap(_Notes(taught_by, calls, teacher=True))
-        teacher = guided(notes, recipe.teacher.guidance, interval=recipe.teacher.guidance_interval)
+    section = recipe.teacher
+    if section is not None:
+        notes, weak = (
+            run and FlowMap(_Notes(_flow_map(run), calls, run)) for run in (section.run, section.weak)
+        )
+        assert notes is not None
+        teacher = guided(notes, section.guidance, interval=section.guidance_interval, weak=weak)
+    shape = [1 for _ in network.sample_shape]
     batch = Batch(
-        torch.zeros(PROBED_SAMPLES, *(1 for _ in network.sample_shape)),
+        torch.zeros(PROBED_SAMPLES, *shape),
         None if network.null_condition is None else torch.zeros(PROBED_SAMPLES, dtype=torch.long),
         Random(recipe.seed, torch.arange(PROBED_SAMPLES)),
+        states=States(torch.zeros(PROBED_SAMPLES, 2, *shape), torch.tensor([[1.0, 0.0]] * PROBED_SAMPLES)),
     )
-    recipe.objective(FlowMap(_Notes(network, calls, teacher=False)), batch, teacher)
+    student = FlowMap(_Notes(network, calls))
+    student.log_variance = log_variance_of(recipe.objective)
+    recipe.objective(student, batch, teacher)
     return {evaluation: count / PROBED_SAMPLES for evaluation, count in calls.items() if count}
+
+
+def _flow_map(run: Path) -> FlowMap:
+    """Return the network of a run of a generative objective, on the meta device."""
+    network = network_of({"from_run": run})
+    assert isinstance(network, FlowMap)
+    return network
 
 
 def flops(recipe: Recipe) -> float:
@@ -237,8 +254,7 @@ def losses(recipe: Recipe) -> Iterator[tuple[float, Made, Callable[[nn.Module], 
         yield 1.0, _made(settings, shape), partial(_whole_loss, recipe, shape)
         return
     for evaluation, share in evaluations(recipe).items():
-        taught_by = {"from_run": recipe.teacher.run} if recipe.teacher and evaluation.teacher else settings
-        network = network_settings(taught_by)
+        network = settings if evaluation.run is None else settings_of_run(evaluation.run)
         model = network_of(network)
         assert isinstance(model, FlowMap)
         yield share, _made(network, model.sample_shape), partial(_evaluation_loss, evaluation)

@@ -51,11 +51,15 @@ class Power:
         return (1 - 1 / (num_updates + 1)) ** (self.gamma + 1)
 
 
+TARGET = "ema-target"
+
+
 def kinds_of(section: EmaSection) -> dict[str, Constant | Power]:
     """Return the means of a config by their names in a checkpoint; "ema" is the first."""
     kinds: dict[str, Constant | Power] = {"ema": Constant(section.decay)}
     kinds |= {f"ema-{decay}": Constant(decay) for decay in section.more_decays}
-    return kinds | {f"ema-power-{width}": Power(width) for width in section.power_widths}
+    kinds |= {f"ema-power-{width}": Power(width) for width in section.power_widths}
+    return kinds if section.target is None else {**kinds, TARGET: Constant(section.target)}
 
 
 class Ema:

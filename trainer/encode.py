@@ -68,14 +68,13 @@ def encode(
     """
     if autoencoder is None and captions is None:
         raise ConfigError("nothing encodes; give the run of an autoencoder, a text encoder, or both")
-    with _ended_by_signals():
-        world = World(process_group(timeout=_LONGEST_WAIT))
+    with sharing_work() as world:
         encodings = []
         if autoencoder is not None:
             encodings.append(_of_pictures(source, autoencoder, world.device))
         if captions is not None:
             encodings.append(_of_captions(source, captions, world.device))
-        _agree(world, [encoding.about for encoding in encodings])
+        agree(world, encodings)
         return encode_shards(
             source,
             out,
@@ -118,8 +117,16 @@ def _of_captions(source: ShardSet, captions: Captions, device: torch.device) -> 
     return Encoding(CaptionEncoder(encoder, place), {"text": text}, describe)
 
 
-def _agree(world: World, about: list[dict[str, Any]]) -> None:
+@contextmanager
+def sharing_work() -> Iterator[World]:
+    """Yield the processes that share a long work; SIGTERM ends it as Ctrl-C does."""
+    with _ended_by_signals():
+        yield World(process_group(timeout=_LONGEST_WAIT))
+
+
+def agree(world: World, encodings: list[Encoding]) -> None:
     """Raise ConfigError where processes have loaded different encoders, as from caches of several nodes."""
+    about = [encoding.about for encoding in encodings]
     for rank, other in enumerate(world.gathered(about)):
         if other != about:
             raise ConfigError(

@@ -25,6 +25,7 @@ from ..models.condition import Condition
 from ..models.denoiser import Denoiser
 from ..models.flow_map import FlowMap, Velocity
 from ..models.samplers import ddim, dpm_solver, euler, heun, jump, time_grid
+from .agreement import agreement, best_shift
 from .config import ConfigError
 from .judge import MOST_KEPT, Meter, Seen
 from .metrics.blindness import blind_metrics
@@ -36,6 +37,8 @@ from .world import World
 
 Sampler = Callable[[Tensor, Condition | None], Tensor]  # (noise, condition) -> latents
 SHOWN = 40  # pictures of a grid
+AGREEING = 64  # samples by which jumps are compared with each other
+FEW = 4  # steps up to which the best shift of the grid is searched
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Subject:
     num_samples: int
     seed: int
     jumps: bool = True
+    shift: float = 1.0  # of the grid of the student's jumps
 
 
 @dataclass
@@ -77,6 +81,7 @@ def samplers(
     many: int,
     *,
     jumps: bool = True,
+    shift: float = 1.0,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[str, str, int, Sampler]]:
     """Yield (model, sampler, nfe, function) of every row: first the teacher at `many`, then each nfe.
@@ -94,15 +99,22 @@ def samplers(
         if count % cost == 0:
             yield "teacher", _name(coarse), count, _bound(coarse, teacher, count // cost, device)
     for count in nfe if jumps else ():
-        yield "student", "jump", count, _bound(jump, student, count, device)
+        yield "student", "jump", count, _bound(jump, student, count, device, shift=shift)
 
 
 def _name(sampler: Any) -> str:
     return getattr(sampler, "func", sampler).__name__
 
 
-def _bound(sampler: Callable[..., Tensor], model: Any, num_steps: int, device: torch.device | str) -> Sampler:
-    grid = time_grid(num_steps, device=device)
+def _bound(
+    sampler: Callable[..., Tensor],
+    model: Any,
+    num_steps: int,
+    device: torch.device | str,
+    *,
+    shift: float = 1.0,
+) -> Sampler:
+    grid = time_grid(num_steps, shift=shift, device=device)
     return lambda noise, condition: sampler(model, noise, grid=grid, condition=condition)
 
 
@@ -122,6 +134,7 @@ def evaluate(
         subject.nfe,
         subject.many,
         jumps=subject.jumps,
+        shift=subject.shift,
         device=world.device,
     )
     rows = [Row(*each, Meter(judge, subject.num_samples)) for each in named]
@@ -141,7 +154,25 @@ def evaluate(
         "reference": held_out.shards.fingerprint,
         "reference_statistics": key_of(references.about(held_out)),
     }
+    if subject.jumps:
+        told |= {"shift": subject.shift}
+        told |= {"jumps": world.first(lambda: _jumps(subject, rows[0].sample, world.device))}
     return told | table, _shown(rows, references, held_out) if world.rank == 0 else {}
+
+
+def _jumps(subject: Subject, teacher: Sampler, device: torch.device) -> dict[str, Any]:
+    """Return how far the student's jumps agree, and the best grids of few, by samples of no row."""
+    random, shape = Random(subject.seed, torch.arange(AGREEING, device=device)), subject.student.sample_shape
+    noise, other = (random.normal(purpose, shape) for purpose in ("agreement", "agreement states"))
+    condition = subject.condition(np.arange(AGREEING))
+    data = teacher(noise, condition)
+    grids = {
+        str(nfe): best_shift(subject.student, noise, data, nfe, condition)
+        for nfe in subject.nfe
+        if 2 <= nfe <= FEW
+    }
+    told = agreement(subject.student, data, other, condition)
+    return {"num_samples": AGREEING, **told, "grids": grids}
 
 
 def _sample(
@@ -181,9 +212,9 @@ def _table(
         lambda: {name: seen.compared(real, seed=subject.seed) for name, seen in floor.items()}
     )
     chance["self"] |= real.answers  # of the training split a probe has been told
-    single = next(place for place, row in enumerate(rows) if row.sampler == "euler")
     compared = min(MOST_KEPT, subject.num_samples, len(real.points))
-    blind = blind_metrics(values[single], values[0], chance=chance["self"], num_samples=compared)
+    # The second row is the teacher's single step, see `samplers`.
+    blind = blind_metrics(values[1], values[0], chance=chance["self"], num_samples=compared)
     told = []
     for row, value, (squares, seconds) in zip(rows, values, totals.tolist(), strict=True):
         about: dict[str, Any] = {"model": row.model, "sampler": row.sampler, "nfe": row.nfe}

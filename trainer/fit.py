@@ -15,6 +15,8 @@ from ..data.shards import ShardSet
 from ..data.stream import ShardStream
 from ..models.flow_map import FlowMap
 from .config import ConfigError
+from .meaning import in_one_line, path_of
+from .objective import Objective
 
 
 def check_data(
@@ -107,4 +109,23 @@ def check_teacher(teacher: FlowMap, taught: dict[str, Any], shards: ShardSet) ->
         raise ConfigError(
             f"data.label: {shards.label!r}, but the classes of the teacher are {label!r}; set it to that, or "
             "give another teacher.run"
+        )
+
+
+def check_trajectories(
+    objective: Objective, model: nn.Module, shards: ShardSet, *, place: str = "data.shards"
+) -> None:
+    """Raise ConfigError where an objective of trajectories is given other samples, or another path's."""
+    if not getattr(objective, "uses_trajectories", False):
+        return
+    made = shards.info.get("trajectories")
+    if made is None:
+        raise ConfigError(
+            f"{place}: {shards.folder} holds no trajectories of a teacher, of which the objective learns; "
+            "make them with `driftmap trajectories RUN OUT`, and give OUT"
+        )
+    if isinstance(model, FlowMap) and model.path != path_of(made["path"]):
+        raise ConfigError(
+            f"objective.path: the trajectories in {shards.folder} do not go along it; set it to "
+            f"{in_one_line(made['path'])}, or give {place} of a teacher that goes along it"
         )

@@ -67,7 +67,8 @@ class FullySharded(DataParallel):
         """Shard a network that is not trained on the same mesh."""
         for block in blocks(module):
             fully_shard(block, mesh=self.mesh)
-        fully_shard(module, mesh=self.mesh)
+        # What is in no block, too, is let go of after each use: the weights of a target network change.
+        fully_shard(module, mesh=self.mesh, reshard_after_forward=True)
 
     def _fragments(self, model: nn.Module) -> list[Fragment]:
         return [self._fragment(name, parameter) for name, parameter in trainable(model).items()]
@@ -106,7 +107,8 @@ class FullySharded(DataParallel):
             if isinstance(module, FSDPModule):
                 module.reshard()  # an evaluation leaves what is not in a block gathered
 
-    def _local(self, tensor: Tensor) -> Tensor:
+    def local(self, tensor: Tensor) -> Tensor:
+        """Return the rows of a tensor, laid out like a parameter, that this process holds."""
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:

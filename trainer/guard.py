@@ -100,15 +100,17 @@ class Guard:
 
     def _watch_for_spikes(self, run: Run) -> None:
         factor, latest = run.recipe.training.spike_factor, run.latest
-        if factor is None or latest is self._seen or "loss" not in latest:
+        # A loss with a learned log-variance may be negative, and then has no usual size.
+        name = "loss" if getattr(run.model, "log_variance", None) is None else "error"
+        if factor is None or latest is self._seen or name not in latest:
             return
-        self._seen, loss = latest, latest["loss"]
+        self._seen, loss = latest, latest[name]
         usual = statistics.median(self._losses) if len(self._losses) >= LINES_BEFORE_A_SPIKE else math.inf
         self._losses.append(loss)
         if loss > factor * usual and run.strategy.world.rank == 0:
-            incident = {"step": run.step, "kind": "spike", "loss": loss, "usual_loss": usual}
+            incident = {"step": run.step, "kind": "spike", name: loss, f"usual_{name}": usual}
             write_incident(run.folder, incident)
-            warn(f"the loss jumped to {loss:.4g} before step {run.step}; its usual value is {usual:.4g}")
+            warn(f"the {name} jumped to {loss:.4g} before step {run.step}; its usual value is {usual:.4g}")
 
 
 def tells_bad_samples(folder: Path, *, batch_size: int) -> Callable[[list[Fault], bool], None]:

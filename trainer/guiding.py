@@ -1,9 +1,40 @@
 """The sampler and the guidance that a config or a command asks for, or why there is none."""
 
+from typing import Annotated
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
 from ..models.denoiser import Guided
 from ..models.flow_map import FlowMap, Velocity
-from ..models.guidance import Autoguided, Rescaled
+from ..models.guidance import Autoguided, Rescaled, SelfGuided
 from .config import ConfigError
+from .objective import STRICT
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class SelfGuidance:
+    """Guidance that a network learns from data by itself, see models/guidance.py; `kappa` 1 - 1 / scale."""
+
+    scale: Annotated[float, Field(gt=1)]
+    kappa: Annotated[float, Field(gt=0, lt=1)] | None = None
+    interval: tuple[Share, Share] = (0.0, 1.0)
+
+    def by(self, network: FlowMap) -> SelfGuided:
+        """Return the guidance by a network, which may be the one that learns."""
+        kappa = 1 - 1 / self.scale if self.kappa is None else self.kappa
+        return SelfGuided(network, self.scale, kappa=kappa, interval=self.interval)
+
+
+def refuse_guidance(guidance: SelfGuidance | None, *, condition_dropout: float) -> None:
+    """Raise ValueError where an objective's guidance has nothing to go away from."""
+    if guidance is not None and not condition_dropout:
+        raise ValueError(
+            "guidance needs the velocity without a condition, which no sample would teach; set "
+            "condition_dropout, such as 0.1"
+        )
 
 
 def usual_sampler(objective: str, guidance: float) -> str:

@@ -20,11 +20,11 @@ from .checkpoint import fingerprint
 from .config import ConfigError
 from .encode import autoencoder_of
 from .features import classifier_of, features_named
-from .fit import check_data
+from .fit import check_data, check_trajectories
 from .guiding import guided
 from .judge import Judge
 from .recipe import EvaluationSection, Recipe, objective_name
-from .references import Dealer, Part, References, default_folder, pictures_behind
+from .references import MADE, Dealer, Part, References, default_folder, makers, pictures_behind
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def held_out_of(recipe: Recipe, model: nn.Module, network: dict[str, Any], shard
                 f"those of the training data by {ours}; encode the held-out samples as these were"
             )
     check_data(model, network, held_out, name="evaluation.held_out: the model")
+    check_trajectories(recipe.objective, model, held_out, place="evaluation.held_out")
     return Part(held_out, min(section.num_samples, held_out.num_samples))
 
 
@@ -89,12 +90,12 @@ def gallery_of(
         pictures.shape  # noqa: B018 - raises where they are no pictures
     except ValueError as error:
         raise ConfigError(f"evaluation.features: {error}") from error
-    if "latents" not in shards.info:
-        counted = not isinstance(shards, ShardStream)
-        training = Part(shards.labelled_by(label), pictures.size) if counted else None
-        return Gallery(judge, asked, pictures, training, None, None)
-    found = pictures_behind(shards, [Path(shards.info["latents"]["autoencoder"]), Path(section.features)])
+    found = None if isinstance(shards, ShardStream) else shards
+    if MADE & shards.info.keys():
+        found = pictures_behind(shards, [*makers(shards), Path(section.features)])
     training = None if found is None else Part(found.labelled_by(label), pictures.size)
+    if "latents" not in shards.info:
+        return Gallery(judge, asked, pictures, training, None, None)
     autoencoder = autoencoder_of(shards)
     made_by = fingerprint(autoencoder)
     nn.Module.to(autoencoder, device)  # diffusers' own is not typed
@@ -102,14 +103,14 @@ def gallery_of(
 
 
 def _pictures_of(section: EvaluationSection, shards: ShardSet, held_out: Part) -> ShardSet:
-    """Return the held-out pictures: the samples themselves, or what their latents were made of."""
-    if "latents" not in shards.info:
+    """Return the held-out pictures: the samples themselves, or what these were made of."""
+    if not MADE & shards.info.keys():
         if section.pictures is not None:
             raise ConfigError("evaluation.pictures: has no effect, as held_out holds no latents; remove it")
         return held_out.shards
     if section.pictures is None:
         raise ConfigError(
-            "evaluation.pictures: is needed, as held_out holds latents; give the pictures they were made of"
+            "evaluation.pictures: is needed, as held_out holds none; give those that it was made of"
         )
     pictures = _opened("pictures", section.pictures, CLASS)
     if pictures.fingerprint != held_out.shards.info.get("encoded_from"):

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from .loop import Hook, Run
 from .progress import progress
+from .target import follow
 
 
 def update_ema(run: Run, losses: dict[str, Tensor]) -> None:
-    """Move the means of the weights after each step that changed the weights."""
+    """Move the means of the weights, and the target network, after each step that changed the weights."""
     if run.strategy.stepped and run.strategy.applied:
         run.ema.update()
+        follow(run)
 
 
 @contextmanager

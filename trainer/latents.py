@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..data.decode import floats
 from ..models.condition import Condition, Text
-from .objective import Batch
+from .objective import Batch, States
 from .seeds import Random
 
 
@@ -25,26 +25,32 @@ class Preparation:
     device: torch.device
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
+    batch_size: int | None = None  # of an optimizer step, which tells a sample's step; see `Batch`
 
     @classmethod
-    def of(cls, info: dict[str, Any], *, seed: int, device: torch.device) -> "Preparation":
+    def of(
+        cls, info: dict[str, Any], *, seed: int, device: torch.device, batch_size: int | None = None
+    ) -> "Preparation":
         """Return the preparation for a shard set with this `info` (its `latents`, if it holds any)."""
         latents = info.get("latents", {})
-        return cls(seed, device, latents.get("scaling_factor", 1.0), latents.get("shift_factor", 0.0))
+        scaling, shift = latents.get("scaling_factor", 1.0), latents.get("shift_factor", 0.0)
+        return cls(seed, device, scaling, shift, batch_size)
 
     def __call__(self, samples: dict[str, Tensor]) -> Batch:
         """Return the batch of `data`, or `mean` and `std`, (B, ...), and `index` (B,).
 
+        With the data there may be `states` (B, K + 1, ...) at `times` (B, K + 1) of the flow to them.
         Its condition is `text` (B, L, D) with `text_mask` (B, L), or `label` (B,).
         """
         moved = {name: value.to(self.device, non_blocking=True) for name, value in samples.items()}
         random = Random(self.seed, moved["index"])
         condition = condition_of(moved)
         if "mean" not in moved:
-            return Batch(floats(moved["data"]), condition, random)
+            states = States(floats(moved["states"]), moved["times"].float()) if "states" in moved else None
+            return Batch(floats(moved["data"]), condition, random, self.batch_size, states)
         mean = floats(moved["mean"])
         drawn = mean + floats(moved["std"]) * random.normal("posterior", tuple(mean.shape[1:]))
-        return Batch((drawn - self.shift_factor) * self.scaling_factor, condition, random)
+        return Batch((drawn - self.shift_factor) * self.scaling_factor, condition, random, self.batch_size)
 
 
 def condition_of(samples: dict[str, Tensor]) -> Condition | None:

@@ -27,7 +27,8 @@ from torch import Tensor
 from .loop import Run
 from .world import World
 
-NUM_TIME_BINS = 5
+NUM_BINS = 5
+BINNED_BY = {"time": "error_t", "gap": "error_gap"}  # of a sample: the start of the names of its bins
 _INCIDENTS = "incidents.jsonl"
 # By the name that CUDA gives: NVIDIA's data sheets of these GPUs, where they say "with sparsity" half of it.
 PEAK_TFLOPS = {
@@ -49,16 +50,24 @@ class Means:
 
     @torch.no_grad()
     def add(self, losses: dict[str, Tensor]) -> None:
-        """Add a micro step's finite losses; `error` (B,) with `time` (B,) also by time bin `error_t0` ..."""
+        """Add a micro step's finite losses; `error` (B,) also by time `error_t0` ... and gap `error_gap0` ...
+
+        Of gaps, which may be negative, the length counts; the diagonal, gap 0, is in no bin.
+        """
         for name, value in losses.items():
-            if name not in ("time", "index"):
+            if name not in (*BINNED_BY, "index"):
                 finite = torch.isfinite(value)
                 self._accumulate(name, torch.where(finite, value, 0.0).double().sum(), finite.sum())
-        if "error" in losses and "time" in losses:
-            finite = torch.isfinite(losses["error"])
-            bins = (losses["time"] * NUM_TIME_BINS).long().clamp(0, NUM_TIME_BINS - 1)[finite]
-            sums = torch.bincount(bins, weights=losses["error"][finite].double(), minlength=NUM_TIME_BINS)
-            self._accumulate("error_t", sums, torch.bincount(bins, minlength=NUM_TIME_BINS))
+        for by, name in BINNED_BY.items():
+            if "error" in losses and by in losses:
+                self._add_binned(name, losses["error"], losses[by].abs(), skip_zero=by == "gap")
+
+    def _add_binned(self, name: str, error: Tensor, position: Tensor, *, skip_zero: bool) -> None:
+        """Add errors (B,) to the bins of their positions (B,) in [0, 1]."""
+        counted = torch.isfinite(error) & ((position > 0) | (not skip_zero))
+        bins = (position * NUM_BINS).long().clamp(0, NUM_BINS - 1)[counted]
+        sums = torch.bincount(bins, weights=error[counted].double(), minlength=NUM_BINS)
+        self._accumulate(name, sums, torch.bincount(bins, minlength=NUM_BINS))
 
     def _accumulate(self, name: str, total: Tensor, count: Tensor) -> None:
         if name in self._sums:

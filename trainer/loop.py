@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.shards import ShardSet
-from ..models.flow_map import Velocity
+from ..models.flow_map import FlowMap, Velocity
 from .ema import Ema
 from .faults import AgreedBatches
 from .latents import Preparation
@@ -30,6 +30,7 @@ class Task(nn.Module):
         *,
         prepare: Preparation,
         teacher: Velocity | None = None,
+        target: FlowMap | None = None,
         precision: str = "fp32",
     ) -> None:
         super().__init__()
@@ -37,17 +38,17 @@ class Task(nn.Module):
         self.objective = objective
         self.prepare = prepare
         self.precision = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        self._frozen = (
-            teacher,
-        )  # inside a tuple: a teacher is no part of the module that is trained and saved
+        # Inside a tuple: what is frozen is no part of the module that is trained and saved.
+        self._frozen = (teacher,) if target is None else (teacher, target)
 
     def forward(self, samples: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the losses of a batch as the loader gives it."""
-        (teacher,) = self._frozen
+        # Others, such as samplers in place of the loss, know of no target network.
+        frozen = self._frozen if hasattr(self.objective, "uses_target") else self._frozen[:1]
         # Inside the wrapped module: DeepSpeed (0.19) switches off an autocast that is around it.
         half: Any = self.precision
         with torch.autocast(self.prepare.device.type, dtype=half, enabled=half is not None):
-            return self.objective(self.model, self.prepare(samples), teacher)
+            return self.objective(self.model, self.prepare(samples), *frozen)
 
 
 Hook = Callable[["Run", dict[str, Tensor]], None]
@@ -63,6 +64,7 @@ class Run:
     shapes: dict[str, tuple[int, ...]]  # of the whole parameters, by name
     strategy: DataParallel
     ema: Ema
+    target: FlowMap | None  # that holds a mean of the weights, see target.py
     shards: ShardSet
     lineage: dict[str, Any]  # what a resumed run must share: seed, data set, teacher
     batches: AgreedBatches

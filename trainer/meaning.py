@@ -70,7 +70,7 @@ def meaning_after(
             raise ConfigError(
                 f"objective.path: the network of {source} predicts {old['prediction']} along another path, "
                 "and a student that starts from it goes the same way; set objective.path to "
-                f"{_inline(old['path'])}, "
+                f"{in_one_line(old['path'])}, "
                 "or give the model a network of its own"
             )
         return old
@@ -84,7 +84,7 @@ def meaning_after(
     return new
 
 
-def _inline(path: dict[str, Any]) -> str:
+def in_one_line(path: dict[str, Any]) -> str:
     """Return a path's settings as YAML on one line."""
     ordered = {"name": path["name"], **path}
     return yaml.safe_dump(ordered, default_flow_style=True, sort_keys=False, width=1000).strip()

@@ -2,16 +2,17 @@
 
 Its fields are its configuration, checked when it is made; `objective(model, batch, teacher)` returns a dict
 with `loss`, the scalar to minimise, and anything worth logging: `error` (B,), the unweighted error of each
-sample, with `time` (B,), the time it was made at, are logged by time bin; with `index` (B,), its position in
-the data stream, the sample is named where its error is not finite. An objective never sees a config,
-an optimizer or a rank, and draws every random number from `batch.random`.
+sample, with `time` (B,), the time it was made at, and `gap` (B,), the length of its jump, are logged by bin;
+with `index` (B,), its position in the data stream, the sample is named where its error is not finite. An
+objective never sees a config, an optimizer or a rank, and draws every random number from `batch.random`.
+One that has a method `uses_target` is also called with a target network (target.py), or None.
 
 A new objective is a new file in objectives/; the file's name in CamelCase is its class (`my_loss.py`:
 `MyLoss`).
 """
 
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from pydantic import ConfigDict, Field
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from ..models.condition import Condition, Nothing, silenced, take
 from ..models.flow_map import FlowMap, Velocity
+from ..models.guidance import SelfGuided
 from ..models.path import Linear, Path, Trig
 from ..models.schedule import Cosine, LinearBetas, ScaledLinearBetas
 from .seeds import Random
@@ -28,13 +30,36 @@ Tangent = Literal["none", "finite_difference", "forward", "forward_with_gradient
 Paths = Annotated[Linear | Trig | LinearBetas | ScaledLinearBetas | Cosine, Field(discriminator="name")]
 
 
+class States(NamedTuple):
+    """The states x (B, K + 1, ...) of a flow from noise to data, at falling times (B, K + 1)."""
+
+    x: Tensor
+    times: Tensor
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Samples on the model's device: `data` (B, ...), their classes or captions, their randomness."""
+    """Samples on the model's device: `data` (B, ...), their classes or captions, their randomness.
+
+    `batch_size` is that of an optimizer step, over all processes; None: these samples are the first step.
+    """
 
     data: Tensor
     condition: Condition | None
     random: Random
+    batch_size: int | None = None
+    states: States | None = None  # of the shards that `driftmap trajectories` writes
+
+    @property
+    def step(self) -> Tensor:
+        """Where each sample (B,) stands in the run, in optimizer steps, float64: a function of its position.
+
+        The whole part counts the steps before it, the rest is its place in the batch of its own step.
+        """
+        index = self.random.index.double()
+        if self.batch_size is None:
+            return torch.arange(len(index), device=index.device).double() / max(1, len(index))
+        return index / self.batch_size
 
     def noise(self) -> Tensor:
         """Return the noise (B, ...) that belongs to the data."""
@@ -45,16 +70,21 @@ class Batch:
         if share == 0 or self.condition is None or null is None:
             return self
         dropped = self.random.uniform("condition dropout") < share
-        return Batch(self.data, silenced(self.condition, dropped, nothing=null), self.random)
+        return replace(self, condition=silenced(self.condition, dropped, nothing=null))
 
     def take(self, rows: Tensor) -> "Batch":
         """Return the samples at `rows` (a mask or indices), with their own randomness."""
         random = Random(self.random.seed, self.random.index[rows])
-        return Batch(self.data[rows], take(self.condition, rows), random)
+        states = None if self.states is None else States(*(part[rows] for part in self.states))
+        condition = take(self.condition, rows)
+        return replace(self, data=self.data[rows], condition=condition, random=random, states=states)
 
 
 class Objective(Protocol):
-    """A loss with its settings."""
+    """A loss with its settings.
+
+    It may also say `needs_teacher`, or `uses_trajectories`: shards that `driftmap trajectories` has made.
+    """
 
     model_kind: ClassVar[str]  # the kind of network it trains
     uses_teacher: ClassVar[bool]  # whether a `teacher` section has an effect
@@ -79,12 +109,13 @@ def path_velocity(path: Path, batch: Batch, t: Tensor, teacher: Velocity | None)
     """Return the state x_t and the velocity to learn there: the teacher's, else the conditional one.
 
     The conditional velocity is legal here, at the conditioning point, and only here: its mean given x_t is
-    the marginal velocity. Source: Lipman et al., "Flow matching", 2023, theorem 2.
+    the marginal velocity. The network may guide it. Source: Lipman et al., "Flow matching", 2023, theorem 2.
     """
     noise = batch.noise()
     x = path.state(batch.data, noise, t)
-    if teacher is None:
-        return x, path.velocity(batch.data, noise, t)
+    if teacher is None or isinstance(teacher, SelfGuided):
+        velocity = path.velocity(batch.data, noise, t)
+        return x, velocity if teacher is None else teacher.guided(velocity, x, t, batch.condition)
     with torch.no_grad():
         return x, teacher.velocity(x, t, batch.condition)
 
@@ -93,16 +124,3 @@ def diagonal_error(model: FlowMap, path: Path, batch: Batch, t: Tensor, teacher:
     """Return |v(x_t, t, t) - b(x_t, t)|^2 of each sample, averaged over its dimensions: (B,)."""
     x, velocity = path_velocity(path, batch, t, teacher)
     return mean_square(model.velocity(x, t, batch.condition) - velocity)
-
-
-def joined(jump: Tensor, diagonal: Tensor, *, time: Tensor, index: Tensor) -> dict[str, Tensor]:
-    """Return the losses of a batch from the errors of its jumps and of its diagonal samples, jumps first."""
-    error = torch.cat([jump, diagonal])
-    return {
-        "loss": error.mean(),
-        "error": error,
-        "time": time,
-        "index": index,
-        "error_jump": jump,
-        "error_diagonal": diagonal,
-    }

@@ -17,6 +17,7 @@ from .config import (
     checked_arguments,
     plugin_class,
     plugin_names,
+    preset_names,
     refuse_unknown_keys,
     split_name,
 )
@@ -33,9 +34,13 @@ MAX_WIDTH = 0.28  # of a power mean: at 12^-1/2 = 0.289 all steps count the same
 
 @dataclass(frozen=True, config=STRICT)
 class TeacherSection:
-    """A frozen run whose velocity teaches; `guidance` 1 is its conditional velocity alone."""
+    """A frozen run whose velocity teaches; `guidance` 1 is its conditional velocity alone.
+
+    With `weak`, a worse run of its kind, guidance goes away from that one's velocity: autoguidance.
+    """
 
     run: Path
+    weak: Path | None = None
     weights: Literal["ema", "model"] = "ema"
     precision: Literal["fp32", "bf16"] = "fp32"
     shard: bool = False  # among the processes of strategy fsdp, as the student is; else every one holds it
@@ -58,9 +63,13 @@ class OptimizerSection:
 
 @dataclass(frozen=True, config=STRICT)
 class EmaSection:
-    """The running means of the weights, see ema.py; `decay` is the mean that evaluation and teachers use."""
+    """The running means of the weights, see ema.py; `decay` is the mean that evaluation and teachers use.
+
+    `target` is the mean that a rule learns from in place of its own present weights, see target.py.
+    """
 
     decay: Decay = 0.999
+    target: Decay | None = None
     more_decays: tuple[Decay, ...] = ()
     power_widths: tuple[Annotated[float, Field(gt=0, lt=MAX_WIDTH)], ...] = ()
     snapshot_every: Positive | None = None  # keep the power means of these steps, see posthoc.py
@@ -193,6 +202,22 @@ def check_across_sections(recipe: Recipe) -> None:
         raise ConfigError(
             f"teacher: the objective {objective_name(objective)!r} has no use for one; remove it"
         )
+    if recipe.teacher is None and getattr(objective, "velocity", None) == "teacher":
+        raise ConfigError("objective.velocity: teacher, but there is none; set teacher.run to a run")
+    if recipe.teacher is None and getattr(objective, "needs_teacher", False):
+        name = objective_name(objective)
+        raise ConfigError(f"teacher: the objective {name!r} needs one; set teacher.run to a run")
+    if recipe.teacher is not None and getattr(objective, "guidance", None) is not None:
+        raise ConfigError(
+            "objective.guidance: is that of the data's velocity, but the teacher's is learned; set "
+            "teacher.guidance, or remove teacher"
+        )
+    if recipe.ema.target is not None and not _uses_target(recipe):
+        raise ConfigError(
+            f"ema.target: {recipe.ema.target} has no effect, as the objective "
+            f"{objective_name(objective)!r} learns nothing from the network itself with these settings; "
+            "remove it"
+        )
     if recipe.teacher is not None and recipe.teacher.shard and recipe.strategy.name != "fsdp":
         raise ConfigError(
             f"teacher.shard: a teacher is sharded as a student is, by fsdp; strategy.name is "
@@ -214,6 +239,12 @@ def check_across_sections(recipe: Recipe) -> None:
             f"optimizer.warmup_steps: {recipe.optimizer.warmup_steps} is not below "
             f"training.steps {recipe.training.steps}; the learning rate would never be reached"
         )
+
+
+def _uses_target(recipe: Recipe) -> bool:
+    """Return whether the objective would ask a target network for anything."""
+    uses = getattr(recipe.objective, "uses_target", None)
+    return uses is not None and uses(taught=recipe.teacher is not None)
 
 
 def _check_condition(recipe: Recipe) -> None:
@@ -261,4 +292,6 @@ def schema() -> dict[str, Any]:
         own["properties"]["name"] = {"const": name}
         choices.append({**own, "required": ["name", *own.get("required", [])]})
     whole["properties"]["objective"] = {"oneOf": choices, "description": "The loss, by its file's name."}
+    whole["properties"]["preset"] = {"enum": preset_names(), "description": "Settings under these, by name."}
+    whole["required"].remove("objective")  # which a preset has
     return whole

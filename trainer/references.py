@@ -66,6 +66,9 @@ class Dealer:
                 raise Stopped
 
 
+MADE = {"latents", "trajectories"}  # in the card of what was made from pictures, and holds none
+
+
 @dataclass(frozen=True)
 class Part:
     """Samples that stand for a data set of pictures, by their places 0 .. size - 1, which go round."""
@@ -122,6 +125,13 @@ class Part:
             return Prompts(labels)
         own, other = (self.captions(places, shuffled=shuffled) for shuffled in (False, True))
         return Prompts(labels, judge.captions.captions(own), judge.captions.captions(other))
+
+
+def makers(shards: ShardSet) -> list[Path]:
+    """Return the runs that made a data set from pictures: the autoencoder of latents, or a teacher."""
+    if "latents" in shards.info:
+        return [Path(shards.info["latents"]["autoencoder"])]
+    return [Path(shards.info["trajectories"]["teacher"]["run"])]
 
 
 def pictures_behind(latents: ShardSet, runs: list[Path]) -> ShardSet | None:

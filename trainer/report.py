@@ -20,8 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.shards import write_atomically
-from .charts import COLOURS, CURVE_POINTS, MODELS, Line, Row, chart, means, number, points
+from .charts import BINNED, BINS, COLOURS, CURVE_POINTS, MODELS, Line, Row, chart, means, number, points
 from .comparison import bin_charts, compared
+from .jump_tables import jump_tables
 from .likelihood_tables import likelihoods
 
 METRICS = ("frechet", "ratio", "kernel", "endpoint_error", "seconds_per_sample")
@@ -122,6 +123,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
         "ratio_chart": evaluation_chart(rows, "ratio", floors),
         "time_chart": evaluation_chart(rows, "ratio", floors, x="seconds_per_sample"),
         "error_chart": evaluation_chart(rows, "endpoint_error", {}),
+        "jump_tables": jump_tables(evaluation),
     }
 
 
@@ -170,13 +172,13 @@ def evaluation_chart(
 
 
 def log_charts(log: Sequence[Row]) -> list[tuple[str, Markup]]:
-    """Draw losses in one chart, errors in another, and the time bins of an error in one of their own."""
+    """Draw losses in one chart, errors in another, and the bins of an error in one of their own."""
     charts: dict[str, dict[str, str]] = {}
     keys = {key for row in log for key in row if key.startswith(("loss", "error"))}
     for key in sorted(keys, key=lambda key: (key.startswith("error"), len(key), key)):
-        binned = re.fullmatch(r"(.+_t)(\d+)", key)
-        title = f"{binned[1]} by time bin (0: data)" if binned else "Loss" if key[0] == "l" else "Error"
-        charts.setdefault(title, {})[binned[2] if binned else key] = key
+        binned = BINNED.fullmatch(key)
+        title = f"{binned[1]} by {BINS[binned[2]]}" if binned else "Loss" if key[0] == "l" else "Error"
+        charts.setdefault(title, {})[binned[3] if binned else key] = key
     drawn = []
     for title, labels in charts.items():
         lines = []

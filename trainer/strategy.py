@@ -137,11 +137,11 @@ class DataParallel:
             self.optimizer.step()
         else:
             grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-            self.bad_gradients = {name: self._local(grad) for name, grad in grads.items()}
+            self.bad_gradients = {name: self.local(grad) for name, grad in grads.items()}
         self.optimizer.zero_grad(set_to_none=True)
         self._rescale()
 
-    def _local(self, tensor: Tensor) -> Tensor:
+    def local(self, tensor: Tensor) -> Tensor:
         """Return what this process holds of a tensor that is laid out like a parameter."""
         return tensor
 

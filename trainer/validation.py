@@ -124,7 +124,7 @@ class Validation:
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
         for places, mine in self._dealer.in_step(self._held_out.size):
             for name, value in self._strategy.task(self._batch(places)).items():
-                if name not in ("time", "index"):
+                if name not in ("time", "gap", "index"):
                     mean, count = value.double().mean().item(), len(places)
                     sums[name] += torch.tensor([mean * count, count] if mine else [0.0, 0.0])
         totals = self._strategy.world.total(torch.stack([*sums.values()])).tolist()

@@ -23,7 +23,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from ..layers import CrossAttention, SelfAttention, Stage
+from ..layers import CrossAttention, SelfAttention, Stage, normalised, parts_of, waves
 
 
 def position_embedding(side: int, width: int) -> Tensor:
@@ -48,22 +48,11 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, time: Tensor) -> Tensor:
         """Return the embedding (B, width) of times (B,): waves of 1 to 100 radians, fp32 or better."""
-        precise = time.to(torch.promote_types(time.dtype, torch.float32))
-        exponents = torch.linspace(0.0, 2.0, self.num_frequencies, dtype=precise.dtype, device=time.device)
-        angles = precise[:, None] * 10.0**exponents
-        level = 1 - angles.cos() if self.vanishing else angles.cos()
-        waves = torch.cat([angles.sin(), level], dim=1)
         with torch.autocast(time.device.type, enabled=False):
             weight = self.first.weight
-            hidden = F.silu(self.first(waves.to(weight.dtype)))
+            given = waves(time, self.num_frequencies, vanishing=self.vanishing).to(weight.dtype)
+            hidden = F.silu(self.first(given))
             return self.second(hidden)
-
-
-def normalised(tokens: Tensor) -> Tensor:
-    """Return layer-normalised tokens (B, L, width)."""
-    # One group a token is layer norm. F.layer_norm itself has a wrong gradient of its forward-mode derivative
-    # (torch 2.13; see pytorch issue 196700), which is what the Lagrangian residual trains on.
-    return F.group_norm(tokens.flatten(0, 1), 1, eps=1e-6).view_as(tokens)
 
 
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -248,27 +237,8 @@ class DiT(Stage, ModelMixin, ConfigMixin):
         condition: Tensor | tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Return the mean velocity between the times s and t at the state x."""
-        if not self.text_width:
-            if isinstance(condition, tuple):
-                raise ValueError("this network takes no captions (text_width is 0); give class labels")
-            return super().__call__(x, s, t, condition)
-        if isinstance(condition, Tensor):
-            raise ValueError(f"this network takes captions of text_width {self.text_width}, not class labels")
-        return super().__call__(x, s, t, *self._caption(condition, x))
-
-    def _caption(self, condition: tuple[Tensor, Tensor] | None, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the tokens and the mask of captions; a missing one has no tokens."""
-        if condition is None:
-            nothing = torch.zeros(len(x), 0, self.text_width, dtype=x.dtype, device=x.device)
-            return nothing, nothing[..., 0].bool()
-        tokens, mask = condition
-        length, width = tokens.shape[1:]
-        if width != self.text_width or length > self.max_tokens:
-            raise ValueError(
-                f"captions have {length} tokens of width {width}, expected at most {self.max_tokens} of "
-                f"width {self.text_width}"
-            )
-        return tokens.to(x.dtype), mask
+        given = parts_of(condition, x, text_width=self.text_width, max_tokens=self.max_tokens)
+        return super().__call__(x, s, t, *given)
 
     def compute(self, x: Tensor, s: Tensor, t: Tensor, *condition: Tensor | None) -> Tensor:
         """Return the mean velocity between the times s and t at the state x."""

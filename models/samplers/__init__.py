@@ -1,7 +1,7 @@
 """From noise at t = 1 to data at t = 0: one file per method, with its formula and source.
 
     steps.py       grids of times; the end points that a velocity means
-    jump.py        a flow map's jumps
+    jump.py        a flow map's jumps; gamma.py: with noise between them; adaptive.py: as many as it takes
     euler.py  heun.py                    the flow's equation, on any path
     ddim.py  dpm_solver.py               the same, exact in all but the data predicted
     ddpm.py  edm.py                      with noise at each step
@@ -20,11 +20,13 @@ from typing import Any
 from torch import Tensor
 
 from ..path import Path
+from .adaptive import adaptive
 from .ddim import ddim
 from .ddpm import ddpm
 from .dpm_solver import dpm_solver
 from .edm import edm
 from .euler import euler
+from .gamma import gamma
 from .heun import heun
 from .jump import jump
 from .scheduler import scheduler
@@ -34,11 +36,13 @@ __all__ = [
     "SAMPLERS",
     "Draw",
     "Sampler",
+    "adaptive",
     "ddim",
     "ddpm",
     "dpm_solver",
     "edm",
     "euler",
+    "gamma",
     "heun",
     "jump",
     "noise_grid",
@@ -47,9 +51,11 @@ __all__ = [
     "time_grid",
 ]
 
-SAMPLERS = {method.__name__: method for method in (jump, euler, heun, ddim, ddpm, dpm_solver, edm)}
+METHODS = (jump, euler, heun, ddim, ddpm, dpm_solver, edm, gamma, adaptive)
+SAMPLERS = {method.__name__: method for method in METHODS}
+EVALUATIONS = {"heun": 2, "edm": 2, "adaptive": 3}  # a step; of adaptive one that is not halved
 OF_DIFFUSERS = "diffusers:"
-GIVEN = {"model", "noise", "grid", "condition", "path", "draw"}  # what is no setting
+GIVEN = {"model", "noise", "grid", "condition", "path", "draw", "evaluated"}  # what is no setting
 
 
 @dataclass(frozen=True)
@@ -59,10 +65,15 @@ class Sampler:
     sample: Callable[..., Tensor]
     grid: Callable[[int], Tensor]  # of a number of steps
     evaluations: int = 1  # a step; of a scheduler of diffusers as it says nothing of them
+    jumps: bool = False  # asks a flow map for jumps, which no guidance of velocities changes
 
 
-def sampler_of(text: str, *, path: Path, draw: Draw) -> Sampler:
+def sampler_of(
+    text: str, *, path: Path, draw: Draw, evaluated: Callable[[Tensor], object] | None = None
+) -> Sampler:
     """Return the sampler of a text such as `heun`, `edm:churn=40` or `diffusers:UniPCMultistepScheduler`.
+
+    One that chooses its number of evaluations calls `evaluated` with that of each sample (B,).
 
     Raises ValueError where there is no such sampler or setting.
     """
@@ -77,14 +88,17 @@ def sampler_of(text: str, *, path: Path, draw: Draw) -> Sampler:
         )
     method = SAMPLERS[name]
     takes = inspect.signature(method).parameters
-    given = {key: value for key, value in (("path", path), ("draw", draw)) if key in takes}
-    settings = dict(_setting(part, name, set(takes) - GIVEN) for part in written.split(",") if part)
+    at_hand = {"path": path, "draw": draw, "evaluated": evaluated}
+    given = {key: value for key, value in at_hand.items() if key in takes}
+    known = {key: takes[key].default for key in takes if key not in GIVEN}
+    settings = dict(_setting(part, name, known) for part in written.split(",") if part)
     grid = partial(noise_grid, path=path) if method is edm else time_grid
-    return Sampler(partial(method, **given, **settings), grid, 2 if method in (heun, edm) else 1)
+    jumps = method in (jump, gamma, adaptive)
+    return Sampler(partial(method, **given, **settings), grid, EVALUATIONS.get(name, 1), jumps)
 
 
-def _setting(text: str, name: str, known: set[str]) -> tuple[str, Any]:
-    """Return key and value of a setting such as churn=40."""
+def _setting(text: str, name: str, known: dict[str, Any]) -> tuple[str, Any]:
+    """Return key and value of a setting such as churn=40; `known` has the defaults."""
     key, equals, value = text.partition("=")
     if key not in known or not equals:
         choices = (
@@ -94,4 +108,6 @@ def _setting(text: str, name: str, known: set[str]) -> tuple[str, Any]:
     try:
         return key, float(value)
     except ValueError:
+        if not isinstance(known[key], str):
+            raise ValueError(f"sampler {name}: {key} is {value!r}, expected a number") from None
         return key, value

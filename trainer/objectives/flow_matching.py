@@ -5,15 +5,16 @@
 Source: Lipman et al., "Flow matching for generative modeling", 2023, eq. 9.
 """
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from ...models.flow_map import FlowMap, Velocity
 from ...models.path import Linear
 from ..coupling import Coupling, coupled
+from ..guiding import SelfGuidance, refuse_guidance
 from ..objective import STRICT, Batch, Paths, Tangent, diagonal_error
 from ..times import Times, Uniform
 
@@ -34,8 +35,24 @@ class FlowMatching:
     times: Times = Field(default_factory=Uniform)
     coupling: Coupling = "independent"
     condition_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    guidance: SelfGuidance | None = None
 
-    def __call__(self, model: FlowMap, batch: Batch, teacher: Velocity | None = None) -> dict[str, Tensor]:
+    @model_validator(mode="after")
+    def _has_meaning(self) -> Self:
+        refuse_guidance(self.guidance, condition_dropout=self.condition_dropout)
+        return self
+
+    def uses_target(self, *, taught: bool) -> bool:
+        """Return whether a target network would be asked for anything."""
+        return self.guidance is not None
+
+    def __call__(
+        self,
+        model: FlowMap,
+        batch: Batch,
+        teacher: Velocity | None = None,
+        target: FlowMap | None = None,
+    ) -> dict[str, Tensor]:
         """Return the loss and the error of each sample at its time."""
         if teacher is not None and self.coupling != "independent":
             raise ValueError(
@@ -45,5 +62,6 @@ class FlowMatching:
         index, batch = batch.random.index, coupled(batch, self.coupling)
         batch = batch.with_condition_dropped(self.condition_dropout, null=model.null_condition)
         t = self.times.sample(batch.random).to(batch.data.dtype)
-        error = diagonal_error(model, self.path, batch, t, teacher)
+        guide = self.guidance.by(target or model) if self.guidance else None
+        error = diagonal_error(model, self.path, batch, t, teacher or guide)
         return {"loss": error.mean(), "error": error, "time": t, "index": index}
