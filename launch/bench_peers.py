@@ -120,7 +120,9 @@ def _webdataset_same(setting: Setting, folder: Path, start: int) -> Iterator[Any
         batch = list(islice(samples, setting.batch_size))
         members = [one[setting.member] for one in batch]
         if isinstance(decoder, RowDecoder):
-            decoded = decoder.of_rows(np.frombuffer(b"".join(members), np.uint8).reshape(len(members), -1))
+            decoded = decoder.of_rows(
+                np.frombuffer(bytearray().join(members), np.uint8).reshape(len(members), -1)
+            )
         else:
             decoded = decoder.stack(members, len(members))
         assert decoded is not None
