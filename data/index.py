@@ -22,7 +22,7 @@ from typing import BinaryIO
 import numpy as np
 from zlib_ng.zlib_ng import crc32  # zlib's own takes ten times as long
 
-from .members import NO_ARRAY, is_finite, read_label
+from .members import NO_ARRAY, is_finite, read_label, read_npy
 from .writer import write_atomically
 
 _FORMAT = 2
@@ -142,8 +142,8 @@ def read_index(source: Path | BinaryIO, name: Path | str, *, remedy: str) -> Ind
     Raises `ValueError` if it is damaged or of another format; it calls it `name` and gives the remedy.
     """
     try:
-        with np.load(source, allow_pickle=False) as archive:
-            arrays = dict(archive)
+        with zipfile.ZipFile(source) as archive:
+            arrays = {file.removesuffix(".npy"): read_npy(archive.read(file)) for file in archive.namelist()}
         found = int(arrays["format"])
     # zipfile raises RuntimeError, and NotImplementedError is one, for what a flipped bit says of an archive.
     except (KeyError, RuntimeError, zipfile.BadZipFile, *NO_ARRAY) as error:

@@ -25,6 +25,10 @@ _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.D
 NO_ARRAY = (EOFError, OSError, ValueError, SyntaxError, tokenize.TokenError)
 _JPEG = b"\xff\xd8"
 _NPY_VERSION_1 = b"\x93NUMPY\x01\x00"
+# Numpy reads headers by `ast`, and Python 3.11 fails where two threads do so at a time.
+_USUAL_HEADER = re.compile(
+    rb"\{'descr': '([<>|][a-zA-Z]\d+)', 'fortran_order': (False|True), 'shape': \(([\d, ]*)\), \} *\n"
+)
 
 
 def open_picture(data: Bytes) -> Image.Image:
@@ -152,6 +156,10 @@ def check_member(extension: str, data: bytes) -> None:
 @lru_cache(maxsize=64)
 def _npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...], bool]:
     """Parse a version 1 header; the last value tells whether the bytes after it are a plain array."""
+    if usual := _USUAL_HEADER.fullmatch(header, 10):
+        kind, fortran, shape = (part.decode() for part in usual.groups())
+        sizes = tuple(int(size) for size in shape.split(",") if size.strip())
+        return np.dtype(kind), sizes, fortran == "False"
     file = io.BytesIO(header)
     try:
         np.lib.format.read_magic(file)

@@ -27,6 +27,8 @@ from driftmap.trainer.world import World
 from runs import driftmap, launched, wait_until
 
 COLOURS = ("red", "green")
+DIT = {"name": "dit", "sample_size": 8, "in_channels": 1, "patch_size": 4, "width": 16, "depth": 1}
+DIT |= {"num_heads": 2, "num_classes": 2}
 
 
 def write_pictures(folder: Path, count: int, seed: int, *, size: int = 8) -> Path:
@@ -62,8 +64,7 @@ def scene(tmp_path_factory):
     training, _ = write_pictures(place / "training", 60, 0), write_pictures(place / "held-out", 30, 1)
     sees = {"name": "convnet", "channels": 1, "width": 8, "hidden": 8, "num_classes": 2}
     trained(place / "classifier", training, sees, "classifier")
-    size = {"sample_size": 8, "in_channels": 1, "patch_size": 4, "width": 16, "depth": 1, "num_heads": 2}
-    trained(place / "run", training, {"name": "dit", "num_classes": 2, **size}, "semigroup")
+    trained(place / "run", training, DIT, "semigroup")
     return place
 
 
@@ -229,3 +230,12 @@ def test_a_run_of_another_kind_has_no_features(scene):
         ConfigError, match="run is no run of a classifier; train one with .*or give the run of"
     ):
         features_named(str(scene / "run"), device=torch.device("cpu"))
+
+
+def test_a_denoiser_is_evaluated_by_its_own_samplers(scene):
+    run = trained(scene / "ddpm", scene / "training", DIT, "ddpm")
+    command = words(scene, run, scene / "references-ddpm", num_samples=12)
+    driftmap(*command, logs=scene / "logs-ddpm").succeeded()
+    rows = json.loads((run / "evaluation.json").read_text())["rows"]
+    found = [(row["model"], row["sampler"], row["nfe"]) for row in rows]
+    assert found == [("teacher", "dpm_solver", 4), ("teacher", "ddim", 1), ("teacher", "ddim", 2)]
