@@ -19,16 +19,12 @@ class Lookup:
         self._known = np.zeros(len(shards.counts), bool)
         self._rows_of = rows_of
 
-    def __call__(self, samples: np.ndarray) -> np.ndarray:
-        """Return the rows of samples."""
-        shards = self.shards_of(samples)
+    def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shard of each sample, and its row."""
+        shards = np.searchsorted(self._starts, samples, side="right") - 1
         if not self._known[shards].all():
             for shard in np.unique(shards[~self._known[shards]]).tolist():
                 rows = self._rows_of(shard)
                 self._rows[self._starts[shard] : self._starts[shard] + len(rows)] = rows
                 self._known[shard] = True
-        return self._rows[samples]
-
-    def shards_of(self, samples: np.ndarray) -> np.ndarray:
-        """Return the shard of each sample."""
-        return np.searchsorted(self._starts, samples, side="right") - 1
+        return shards, self._rows[samples]

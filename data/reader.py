@@ -15,6 +15,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from .room import Room
 from .routed import RoutedShards
 from .shards import ShardSet
 
-BLOCK = 512  # bytes: members of a tar begin at whole blocks, and zeros fill their last one
+_BLOCK = 512  # bytes: members of a tar begin at whole blocks, and zeros fill their last one
 _PLACE = np.dtype([("offset", np.int64), ("size", np.int64), ("crc", np.uint32)], align=True)
 _FACTS = np.dtype([("label", np.int64), ("finite", bool)], align=True)
 
@@ -111,7 +112,7 @@ class Reader:
 
         Raises `ValueError` as `read` does, and for a sample without the member.
         """
-        shards, places = self._looked_up(samples, extension)
+        shards, places = self._lookup(extension)(samples)
         views = {shard: memoryview(self._opened(shard)[1]) for shard in np.unique(shards).tolist()}
         for number, (shard, place) in enumerate(zip(shards.tolist(), places.tolist(), strict=True)):
             offset, size, crc = place
@@ -129,22 +130,22 @@ class Reader:
         the interpreter's lock. Returns nothing where `read` has to look at each of them: their sizes differ,
         or one has changed.
         """
-        shards, places = self._looked_up(samples, extension)
-        size, (firsts, inside) = int(places["size"][0]), np.divmod(places["offset"], BLOCK)
+        shards, places = self._lookup(extension)(samples)
+        size, (firsts, inside) = int(places["size"][0]), np.divmod(places["offset"], _BLOCK)
         if size < 0 or (places["size"] != size).any() or inside.any():
             return None
-        long = -(-size // BLOCK)
+        long = -(-size // _BLOCK)
         blocks = (firsts[:, None] + np.arange(long)).reshape(-1)
-        copied = self._room(len(blocks) * BLOCK).reshape(-1, BLOCK)
+        copied = self._room(len(blocks) * _BLOCK).reshape(-1, _BLOCK)
         found, ends = 0, [*(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(samples)]
         for begin, end in zip([0, *ends], ends, strict=False):
             index, memory = self._opened(int(shards[begin]))
-            whole = np.frombuffer(memory, np.uint8, index.tar_bytes // BLOCK * BLOCK).reshape(-1, BLOCK)
+            whole = np.frombuffer(memory, np.uint8, index.tar_bytes // _BLOCK * _BLOCK).reshape(-1, _BLOCK)
             part = slice(begin * long, end * long)
             # "clip" copies straight to its place; a block beyond the end is found by its checksum.
             whole.take(blocks[part], axis=0, out=copied[part], mode="clip")
             found = crc32(copied[part].data, found) if self.verify else 0
-        if self.verify and found != crc_of_rows(places["crc"], size=size, width=long * BLOCK):
+        if self.verify and found != crc_of_rows(places["crc"], size=size, width=long * _BLOCK):
             return None
         return copied.reshape(len(samples), -1)[:, :size]
 
@@ -153,7 +154,7 @@ class Reader:
 
         Raises `ValueError` for a sample that has none, or whose `cls` is no number.
         """
-        labels = self._facts(samples)["label"]
+        labels = self._facts(samples)[1]["label"]
         if (missing := np.flatnonzero(labels == NO_LABEL)).size:
             sample = self.read(int(samples[missing[0]]))
             if "cls" not in sample.members:
@@ -164,7 +165,7 @@ class Reader:
 
     def not_finite(self, samples: np.ndarray) -> str | None:
         """Return the name of the first of these samples whose arrays hold numbers that are not finite."""
-        bad = np.flatnonzero(~self._facts(samples)["finite"])
+        bad = np.flatnonzero(~self._facts(samples)[1]["finite"])
         return self.name(int(samples[bad[0]])) if bad.size else None
 
     def name(self, sample: int) -> str:
@@ -225,22 +226,22 @@ class Reader:
         shard = bisect.bisect_right(self.shards.starts, sample) - 1
         return shard, sample - self.shards.starts[shard]
 
-    def _looked_up(self, samples: np.ndarray, extension: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the shard of each sample, and the place of its member."""
+    def _lookup(self, extension: str) -> Lookup:
+        """Return where the members of an extension lie."""
+        if extension not in self._places:
+            self._places[extension] = Lookup(self.shards, _PLACE, partial(self._places_of, extension))
+        return self._places[extension]
 
-        def rows_of(shard: int) -> np.ndarray:
-            index = self.index(shard)
-            rows = np.zeros(len(index), _PLACE)
-            if extension not in index.extensions:
-                rows["size"] = -1
-                return rows
-            column = index.extensions.index(extension)
-            for name, table in zip(_PLACE.names or (), (index.offsets, index.sizes, index.crcs), strict=True):
-                rows[name] = table[:, column]
+    def _places_of(self, extension: str, shard: int) -> np.ndarray:
+        index = self.index(shard)
+        rows = np.zeros(len(index), _PLACE)
+        if extension not in index.extensions:
+            rows["size"] = -1
             return rows
-
-        lookup = self._places.setdefault(extension, Lookup(self.shards, _PLACE, rows_of))
-        return lookup.shards_of(samples), lookup(samples)
+        column = index.extensions.index(extension)
+        for name, table in (("offset", index.offsets), ("size", index.sizes), ("crc", index.crcs)):
+            rows[name] = table[:, column]
+        return rows
 
     def _facts_of(self, shard: int) -> np.ndarray:
         index = self.index(shard)

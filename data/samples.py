@@ -24,7 +24,6 @@ class Samples:
         stop: threading.Event | None = None,
     ) -> None:
         self._decoder = decoder
-        self._in_rows = isinstance(decoder, RowDecoder)
         self.reader = Reader(shards, extensions={*decoder.extensions, CLASS}, evict=evict, stop=stop)
         self._label_reader = Reader(shards, extensions={member_of(shards.label)}, evict=evict, stop=stop)
         self._text = TextDecoder.of(shards) if shards.label == CAPTION else None
@@ -34,7 +33,7 @@ class Samples:
 
         Raises `ValueError` for a sample that cannot be read or decoded, or is not finite; it is named.
         """
-        if self._in_rows:
+        if isinstance(self._decoder, RowDecoder):
             order = np.argsort(numbers, kind="stable")  # what lies side by side is read at once
             numbers, index = numbers[order], index[order]
         batch = self._at_once(numbers)

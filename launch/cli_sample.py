@@ -7,6 +7,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+Rescale = Annotated[
+    float, typer.Option(min=0, max=1, help="keep the spread of what is guided, by this share")
+]
+Weak = Annotated[Path | None, typer.Option(help="autoguidance: a worse run that guidance goes away from")]
+
 
 def sample(
     run: Annotated[Path, typer.Argument(help="a run folder that `driftmap train` made")],
@@ -33,12 +38,8 @@ def sample(
             "gamma:gamma=0.5, or diffusers:NAME; by default what the run was trained for"
         ),
     ] = None,
-    rescale: Annotated[
-        float, typer.Option(min=0, max=1, help="keep the spread of what is guided, by this share")
-    ] = 0.0,
-    weak: Annotated[
-        Path | None, typer.Option(help="autoguidance: a worse run that guidance goes away from")
-    ] = None,
+    rescale: Rescale = 0.0,
+    weak: Weak = None,
     grid: Annotated[
         str | None, typer.Option(help="the times of all steps from noise to data, as 1,0.6,0, without --nfe")
     ] = None,

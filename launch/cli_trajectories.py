@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from ..trainer.progress import progress
+from .cli_sample import Rescale, Weak
 
 
 def trajectories(
@@ -24,12 +25,8 @@ def trajectories(
     ] = None,
     guidance: Annotated[float, typer.Option(min=0, help="classifier-free guidance; 1 is none")] = 1.0,
     interval: Annotated[tuple[float, float], typer.Option(help="the times of guidance")] = (0.0, 1.0),
-    rescale: Annotated[
-        float, typer.Option(min=0, max=1, help="keep the spread of what is guided, by this share")
-    ] = 0.0,
-    weak: Annotated[
-        Path | None, typer.Option(help="autoguidance: a worse run that guidance goes away from")
-    ] = None,
+    rescale: Rescale = 0.0,
+    weak: Weak = None,
     data: Annotated[
         str | None, typer.Option(help="shards whose classes or captions to take; those of the run")
     ] = None,

@@ -59,6 +59,27 @@ class Stage(nn.Module):
             return tuple(_parts(output) for output in several)
 
 
+class Conditioned(Stage):
+    """A whole network of states and two times, with a class or a caption that may be missing."""
+
+    sample_shape: tuple[int, ...]
+    text_width: int  # of captions; 0 where it takes none
+    max_tokens: int
+
+    def __call__(
+        self,
+        x: Tensor,
+        s: Tensor,
+        t: Tensor,
+        condition: Tensor | tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Return the mean velocity between the times s and t at the state x."""
+        if tuple(x.shape[1:]) != self.sample_shape:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected {(len(x), *self.sample_shape)}")
+        given = parts_of(condition, x, text_width=self.text_width, max_tokens=self.max_tokens)
+        return super().__call__(x, s, t, *given)
+
+
 def innermost_stages(module: nn.Module) -> list[Stage]:
     """Return the stages of a network that hold no other stage."""
     stages = [inner for inner in module.modules() if isinstance(inner, Stage)]

@@ -23,7 +23,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from ..layers import CrossAttention, SelfAttention, Stage, normalised, parts_of, waves
+from ..layers import Conditioned, CrossAttention, SelfAttention, Stage, normalised, waves
 
 
 def position_embedding(side: int, width: int) -> Tensor:
@@ -151,7 +151,7 @@ class Head(Stage):
         return self.projection(modulate(tokens, shift, scale))
 
 
-class DiT(Stage, ModelMixin, ConfigMixin):
+class DiT(Conditioned, ModelMixin, ConfigMixin):
     """The transformer `(x, s, t, condition) -> mean velocity like x`.
 
     Forward: x (B, in_channels, sample_size, sample_size), s and t (B,) in [0, 1], and
@@ -229,22 +229,8 @@ class DiT(Stage, ModelMixin, ConfigMixin):
         grid = patches.reshape(len(patches), side, side, channels, size, size).permute(0, 3, 1, 4, 2, 5)
         return grid.reshape(len(patches), channels, side * size, side * size)
 
-    def __call__(
-        self,
-        x: Tensor,
-        s: Tensor,
-        t: Tensor,
-        condition: Tensor | tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """Return the mean velocity between the times s and t at the state x."""
-        given = parts_of(condition, x, text_width=self.text_width, max_tokens=self.max_tokens)
-        return super().__call__(x, s, t, *given)
-
     def compute(self, x: Tensor, s: Tensor, t: Tensor, *condition: Tensor | None) -> Tensor:
         """Return the mean velocity between the times s and t at the state x."""
-        if tuple(x.shape[1:]) != self.sample_shape:
-            expected = (len(x), *self.sample_shape)
-            raise ValueError(f"x has shape {tuple(x.shape)}, expected {expected}")
         if self.caption is None:
             caption, (tokens, c) = (), self.embed(x, s, t, *condition)
         else:

@@ -26,7 +26,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from ..layers import Stage, beside_zeros, parts_of
+from ..layers import Conditioned, beside_zeros
 from ..unet_stages import (
     GAP_WAVES,
     TIMESTEPS,
@@ -41,7 +41,7 @@ from ..unet_stages import (
 )
 
 
-class UNet(Stage):
+class UNet(Conditioned):
     """The U-Net `(x, s, t, condition) -> mean velocity like x`; each level is half as large as the last.
 
     Forward: x (B, in_channels, sample_size, sample_size), s and t (B,) in [0, 1], and
@@ -148,21 +148,8 @@ class UNet(Stage):
         net.load_state_dict({self.stock_names[name]: value for name, value in self.state_dict().items()})
         return net
 
-    def __call__(
-        self,
-        x: Tensor,
-        s: Tensor,
-        t: Tensor,
-        condition: Tensor | tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """Return the mean velocity between the times s and t at the state x."""
-        given = parts_of(condition, x, text_width=self.text_width, max_tokens=self.max_tokens)
-        return super().__call__(x, s, t, *given)
-
     def compute(self, x: Tensor, s: Tensor, t: Tensor, *condition: Any) -> Tensor:
         """Return the mean velocity between the times s and t at the state x."""
-        if tuple(x.shape[1:]) != self.sample_shape:
-            raise ValueError(f"x has shape {tuple(x.shape)}, expected {(len(x), *self.sample_shape)}")
         labels, text, seen = (
             (None, *beside_zeros(*condition)) if self.text_width else (*condition, None, None)
         )
