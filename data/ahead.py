@@ -1,9 +1,9 @@
 """Batches read ahead in a thread: what the exact and the resampled order have in common."""
 
-import queue
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
 from typing import Self
@@ -11,13 +11,16 @@ from typing import Self
 from .decode import Batch
 
 _PATIENCE_S = 5.0  # for a thread that waits for bytes which do not come
+_LOOK_S = 0.1  # how often who waits looks whether the batches are closed
+_PAUSE_S = 0.005  # of the thread, where batches are taken faster than they are made
 
 
 class ReadAhead:
     """An endless iterator over batches that a thread makes ahead.
 
-    `position` is the stream position after the last batch that was handed out, whatever the thread has read
-    beyond it; `wait_s` is the time spent waiting for batches.
+    Who finds none ready makes the next one: handing a batch from one thread to another costs as much as
+    reading some of it. `position` is the stream position after the last batch that was handed out, whatever
+    has been read beyond it; `wait_s` is the time spent waiting for batches.
     """
 
     def __init__(self, batch_size: int, *, start: int, prefetch: int) -> None:
@@ -29,7 +32,7 @@ class ReadAhead:
         self.wait_s = 0.0
         self.stopped = threading.Event()
         self._batch_size = batch_size
-        self._waiting: queue.Queue[Batch | BaseException] = queue.Queue(prefetch)
+        self._prefetch = prefetch
         self._error: BaseException | None = None
 
     def begin(self, make: Callable[[], Generator[Batch]], others: Sequence[threading.Thread] = ()) -> None:
@@ -38,12 +41,8 @@ class ReadAhead:
         What `make` returns holds no reference to this object, so dropping the object, or leaving the
         interpreter, ends the threads too.
         """
-        thread = threading.Thread(
-            target=_fill,
-            args=(self._waiting, self.stopped, make),
-            name="driftmap batches",
-            daemon=True,
-        )
+        self._making = _Making(make, self._prefetch, self.stopped)
+        thread = threading.Thread(target=self._making.fill, name="driftmap batches", daemon=True)
         self._finalizer = weakref.finalize(self, _stop, self.stopped, [thread, *others])
         thread.start()
 
@@ -53,19 +52,16 @@ class ReadAhead:
     def __next__(self) -> Batch:
         """Hand out the next batch, and move `position` behind it; an error is raised again and again."""
         began = time.perf_counter()
-        while self._error is None:
-            if self.stopped.is_set():
-                raise RuntimeError("these batches are closed; make new ones with start=position")
-            try:
-                item = self._waiting.get(timeout=0.1)
-            except queue.Empty:
-                continue
-            if not isinstance(item, BaseException):
-                self.wait_s += time.perf_counter() - began
-                self.position += self._batch_size
-                return item
-            self._error = item
-        raise self._error
+        if self._error is not None:
+            raise self._error
+        try:
+            batch = self._making.take()
+        except BaseException as error:
+            self._error = error
+            raise
+        self.wait_s += time.perf_counter() - began
+        self.position += self._batch_size
+        return batch
 
     def close(self) -> None:
         """Stop reading ahead; closing twice does nothing."""
@@ -80,27 +76,60 @@ class ReadAhead:
         self.close()
 
 
-def _fill(waiting: queue.Queue, stopped: threading.Event, make: Callable[[], Generator[Batch]]) -> None:
-    try:
-        batches = make()
+class _Making:
+    """Batches in their order, made by whichever of two threads holds the lock; at most `prefetch` wait."""
+
+    def __init__(self, make: Callable[[], Generator[Batch]], prefetch: int, stopped: threading.Event) -> None:
+        self._make, self._stopped = make, stopped
+        self._batches: Generator[Batch] | None = None
+        self._ready: deque[Batch | BaseException] = deque()
+        self._room = threading.Semaphore(prefetch)
+        self._made_by_taker = False
+        self._lock = threading.Lock()
+
+    def fill(self) -> None:
+        """Make batches ahead until they are closed; an error is the last thing that is ready."""
         try:
-            while _put(waiting, stopped, next(batches)):
-                pass
+            while not self._stopped.is_set():
+                if self._made_by_taker:
+                    self._made_by_taker = False
+                    self._stopped.wait(_PAUSE_S)
+                elif self._room.acquire(timeout=_LOOK_S):
+                    with self._lock:
+                        self._ready.append(self._next())
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the consumer has to see it
+            self._ready.append(error)
         finally:
-            batches.close()
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the consumer has to see it
-        _put(waiting, stopped, error)
+            with self._lock:
+                if self._batches is not None:
+                    self._batches.close()
 
+    def take(self) -> Batch:
+        """Return the next batch, ready or made here."""
+        while not self._stopped.is_set():
+            if self._ready:
+                return self._handed()
+            if self._lock.acquire(timeout=_LOOK_S):
+                try:
+                    if self._ready:
+                        return self._handed()
+                    self._made_by_taker = True
+                    return self._next()
+                finally:
+                    self._lock.release()
+        raise RuntimeError("these batches are closed; make new ones with start=position")
 
-def _put(waiting: queue.Queue, stopped: threading.Event, item: Batch | BaseException) -> bool:
-    """Wait for room; return whether the consumer still wants batches."""
-    while not stopped.is_set():
-        try:
-            waiting.put(item, timeout=0.1)
-        except queue.Full:
-            continue
-        return True
-    return False
+    def _handed(self) -> Batch:
+        item = self._ready.popleft()
+        self._room.release()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def _next(self) -> Batch:
+        if self._batches is None:
+            self._batches = self._make()
+        return next(self._batches)
 
 
 def _stop(stopped: threading.Event, threads: Sequence[threading.Thread]) -> None:
