@@ -1,26 +1,28 @@
-"""Batches read ahead in a thread: what the exact and the resampled order have in common."""
+"""Batches read ahead in threads: what the exact and the resampled order have in common."""
 
+import contextlib
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Self
 
 from .decode import Batch
 
+Job = Callable[[], Batch]  # reads one batch, from any thread
 _PATIENCE_S = 5.0  # for a thread that waits for bytes which do not come
 _LOOK_S = 0.1  # how often who waits looks whether the batches are closed
-_PAUSE_S = 0.005  # of the thread, where batches are taken faster than they are made
 
 
 class ReadAhead:
-    """An endless iterator over batches that a thread makes ahead.
+    """An endless iterator over batches that threads make ahead, side by side.
 
-    Who finds none ready makes the next one: handing a batch from one thread to another costs as much as
-    reading some of it. `position` is the stream position after the last batch that was handed out, whatever
-    has been read beyond it; `wait_s` is the time spent waiting for batches.
+    Who finds the next one unfinished makes a later one in place of waiting. `position` is the stream position
+    after the last batch that was handed out, whatever has been read beyond it; `wait_s` is the time spent
+    waiting for batches.
     """
 
     def __init__(self, batch_size: int, *, start: int, prefetch: int) -> None:
@@ -35,16 +37,26 @@ class ReadAhead:
         self._prefetch = prefetch
         self._error: BaseException | None = None
 
-    def begin(self, make: Callable[[], Generator[Batch]], others: Sequence[threading.Thread] = ()) -> None:
-        """Start the thread; `others` end with it.
+    def begin(
+        self,
+        jobs: Callable[[], Generator[Job]],
+        *,
+        num_threads: int = 1,
+        others: Sequence[threading.Thread] = (),
+    ) -> None:
+        """Start the threads, which take `jobs` in their order; `others` end with them.
 
-        What `make` returns holds no reference to this object, so dropping the object, or leaving the
+        What `jobs` returns holds no reference to this object, so dropping the object, or leaving the
         interpreter, ends the threads too.
         """
-        self._making = _Making(make, self._prefetch, self.stopped)
-        thread = threading.Thread(target=self._making.fill, name="driftmap batches", daemon=True)
-        self._finalizer = weakref.finalize(self, _stop, self.stopped, [thread, *others])
-        thread.start()
+        self._making = _Making(jobs, self._prefetch, self.stopped)
+        threads = [
+            threading.Thread(target=self._making.fill, name="driftmap batches", daemon=True)
+            for _ in range(num_threads)
+        ]
+        self._finalizer = weakref.finalize(self, _stop, self.stopped, [*threads, *others])
+        for thread in threads:
+            thread.start()
 
     def __iter__(self) -> Self:
         return self
@@ -77,59 +89,54 @@ class ReadAhead:
 
 
 class _Making:
-    """Batches in their order, made by whichever of two threads holds the lock; at most `prefetch` wait."""
+    """Batches in the order of their jobs; at most `prefetch` are being made, or wait."""
 
-    def __init__(self, make: Callable[[], Generator[Batch]], prefetch: int, stopped: threading.Event) -> None:
-        self._make, self._stopped = make, stopped
-        self._batches: Generator[Batch] | None = None
-        self._ready: deque[Batch | BaseException] = deque()
+    def __init__(self, jobs: Callable[[], Generator[Job]], prefetch: int, stopped: threading.Event) -> None:
+        self._jobs, self._stopped = jobs(), stopped
+        self._queue: deque[Future[Batch]] = deque()
         self._room = threading.Semaphore(prefetch)
-        self._made_by_taker = False
         self._lock = threading.Lock()
 
     def fill(self) -> None:
-        """Make batches ahead until they are closed; an error is the last thing that is ready."""
-        try:
-            while not self._stopped.is_set():
-                if self._made_by_taker:
-                    self._made_by_taker = False
-                    self._stopped.wait(_PAUSE_S)
-                elif self._room.acquire(timeout=_LOOK_S):
-                    with self._lock:
-                        self._ready.append(self._next())
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the consumer has to see it
-            self._ready.append(error)
-        finally:
-            with self._lock:
-                if self._batches is not None:
-                    self._batches.close()
+        """Make batches until they are closed."""
+        while not self._stopped.is_set():
+            if self._room.acquire(timeout=_LOOK_S):
+                self._make_one()
+        with self._lock:
+            self._jobs.close()
 
     def take(self) -> Batch:
-        """Return the next batch, ready or made here."""
+        """Return the next batch, or raise what it failed with."""
         while not self._stopped.is_set():
-            if self._ready:
-                return self._handed()
-            if self._lock.acquire(timeout=_LOOK_S):
-                try:
-                    if self._ready:
-                        return self._handed()
-                    self._made_by_taker = True
-                    return self._next()
-                finally:
-                    self._lock.release()
+            if self._queue and self._queue[0].done():
+                self._room.release()
+                return self._queue.popleft().result()
+            if self._room.acquire(blocking=False):
+                self._make_one()
+            else:
+                self._wait()
         raise RuntimeError("these batches are closed; make new ones with start=position")
 
-    def _handed(self) -> Batch:
-        item = self._ready.popleft()
-        self._room.release()
-        if isinstance(item, BaseException):
-            raise item
-        return item
+    def _make_one(self) -> None:
+        """Make the first batch that nobody makes; an error takes its place."""
+        made: Future[Batch] = Future()
+        try:
+            with self._lock:
+                self._queue.append(made)
+                job = next(self._jobs)
+            made.set_result(job())
+        except BaseException as error:
+            made.set_exception(error)
+            if not isinstance(error, Exception):
+                raise  # of the taker's own thread, such as KeyboardInterrupt: it is not the batch's
 
-    def _next(self) -> Batch:
-        if self._batches is None:
-            self._batches = self._make()
-        return next(self._batches)
+    def _wait(self) -> None:
+        """Wait for the next batch, which another thread makes or is about to."""
+        if not self._queue:
+            time.sleep(0)
+            return
+        with contextlib.suppress(TimeoutError):
+            self._queue[0].exception(_LOOK_S)
 
 
 def _stop(stopped: threading.Event, threads: Sequence[threading.Thread]) -> None:

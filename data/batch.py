@@ -1,17 +1,15 @@
-"""Batches as tensors, in the order of a plan, read ahead in a thread.
+"""Batches as tensors, in the order of a plan, read ahead in threads.
 
 `Batches.position` is the whole state: the stream position after the last batch that was handed out, whatever
-the thread has read beyond it. `Batches(..., start=position)` goes on there, on any number of ranks.
+has been read beyond it. `Batches(..., start=position)` goes on there, on any number of ranks.
 
 Threads and not processes: the bytes of latents are decoded by a copy, and sending them from another process
-costs more than that; a second thread would only wait for the first. Pictures are decoded by code that lets
-other threads run, so some batches are decoded side by side.
+costs more than that. Copying, checksums and the decoders of pictures let other threads run, so batches are
+made side by side.
 """
 
 import os
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Container, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -19,7 +17,7 @@ from itertools import islice
 import numpy as np
 import torch
 
-from .ahead import ReadAhead
+from .ahead import Job, ReadAhead
 from .decode import Batch, Decoder, find_decoder, with_floats
 from .faults import GoodSamples, Quarantine
 from .mixture import Order
@@ -70,8 +68,8 @@ class Batches(ReadAhead):
     the types that it is stored in, and what labels the samples (labels.py), if anything does: `label`
     (int64), or `text` with `text_mask`.
 
-    `workers` threads decode batches side by side, ahead of the one that hands them over; with 0 that one
-    decodes alone. Where it is left out the decoder knows what pays.
+    `workers` threads, one at least, make batches side by side. Where it is left out the decoder knows what
+    pays.
 
     `next` raises `ValueError` for a sample that cannot be read or decoded; it names the shard and the key.
     With a `quarantine` a good one takes its place, and it is kept there, see faults.py.
@@ -102,7 +100,8 @@ class Batches(ReadAhead):
         workers = min(paying, os.cpu_count() or 1) if workers is None else workers
         self._good = None if quarantine is None else GoodSamples(self._samples, self.plan, quarantine)
         reading = _Reading(self._good or self._samples, _shares(self.plan, stream, start), fetching)
-        self.begin(partial(_made, reading, workers), fetching.threads if fetching else ())
+        others = fetching.threads if fetching else ()
+        self.begin(reading.jobs, num_threads=max(workers, 1), others=others)
 
     @property
     def reader_stats(self) -> dict[str, int]:
@@ -120,12 +119,19 @@ class Batches(ReadAhead):
 
 
 def ordered(
-    shards: ShardSet, batch_size: int, *, decoder: Decoder | None = None, rank: int = 0, world: int = 1
+    shards: ShardSet,
+    batch_size: int,
+    *,
+    decoder: Decoder | None = None,
+    rank: int = 0,
+    world: int = 1,
+    done: Container[int] = (),
 ) -> Iterator[Batch]:
     """Yield every sample once in the order of the data set, for evaluation.
 
     A batch is of one size of pictures, and the last of each size may be short. Of several ranks each gets
     whole batches in turn, so that a batch is the same for any number of them.
+    Batches that begin with a sample in `done` are left out.
     `index` is the number of each sample in the data set; `data`, or `mean` and `std`, are float32.
     """
     source = Samples(shards, decoder or find_decoder(shards))
@@ -135,6 +141,8 @@ def ordered(
         for first in range(0, len(each), batch_size)
     )
     for part in islice(cut, rank, None, world):
+        if part.start in done:
+            continue
         numbers = np.arange(part.start, part.stop, dtype=np.int64)
         yield with_floats(source.batch(numbers, index=numbers))
 
@@ -158,21 +166,12 @@ class _Reading:
     shares: Iterator[tuple[int, np.ndarray, np.ndarray]]
     fetching: Prefetch | None
 
-    def next(self) -> Callable[[], Batch]:
-        """Go on to the next batch, and return what reads it."""
-        start, positions, numbers = next(self.shares)
-        if self.fetching is not None:
-            self.fetching.advance(start)
-        return partial(self.samples.batch, numbers, index=positions)
-
-
-def _made(reading: _Reading, workers: int) -> Generator[Batch]:
-    with ThreadPoolExecutor(max(workers, 1), "driftmap decoder") as pool:
-        waiting: deque[Future[Batch]] = deque()
-        while True:
-            while len(waiting) < workers:
-                waiting.append(pool.submit(reading.next()))
-            yield waiting.popleft().result() if workers else reading.next()()
+    def jobs(self) -> Generator[Job]:
+        """Go on to the next batch, and yield what reads it."""
+        for start, positions, numbers in self.shares:
+            if self.fetching is not None:
+                self.fetching.advance(start)
+            yield partial(self.samples.batch, numbers, index=positions)
 
 
 def _prefetch(reader: Reader, plan: Order, stream: Stream, start: int) -> Prefetch:

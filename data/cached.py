@@ -34,6 +34,7 @@ class CachedShards:
         self.folder = cache.folder / fingerprint[:32]
         self.spared: tuple[Path, ...] = (self.folder,)  # what is read in turn with these shards
         self.traffic = remote.traffic
+        self._failures: dict[str, OSError] = {}  # the last of each shard
 
     def stats(self) -> dict[str, int]:
         """Return what went over the network so far."""
@@ -71,14 +72,18 @@ class CachedShards:
     ) -> bool:
         """Bring a shard into the cache unless it is there; return False if there is no room for it.
 
-        `evict=False` takes the room from other data sets only.
+        `evict=False` takes the room from other data sets only. A thread that has waited while another one
+        tried in vain does not try again.
         """
         file = self.folder / shard
         if self.cache.holds(file, index.tar_bytes):
             return True
+        before = self._failures.get(shard)
         with self.cache.lock(file, stop):
             if self.cache.holds(file, index.tar_bytes):  # another thread or process was faster
                 return True
+            if (failure := self._failures.get(shard)) is not None and failure is not before:
+                raise failure
             temporary = self.cache.reserve(file, index.tar_bytes, spare=() if evict else self.spared)
             if temporary is None:
                 return False
@@ -93,6 +98,9 @@ class CachedShards:
                 # Not synced: a crash of the machine leaves bytes that every reader would notice.
                 os.replace(temporary, file)
                 self.traffic.count("downloads")
+            except OSError as error:
+                self._failures[shard] = error
+                raise
             finally:
                 temporary.unlink(missing_ok=True)
         return True

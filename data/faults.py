@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
+from operator import attrgetter
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from .samples import Samples
 MAX_TRIES = 16  # samples in a row that are found to be bad
 _MAX_DRAWN = 2048  # samples in a row that are known to be bad
 _DRAWN = 16  # at a time
+_WHEN_MET = attrgetter("position", "sample")
 
 
 @dataclass(frozen=True)
@@ -71,15 +73,15 @@ class Quarantine:
                     self._ahead[fault.sample] = replace(known, position=fault.position)
 
     def take(self, position: int) -> list[Fault]:
-        """Return those met before a position that the stream has come to; they are to be settled."""
+        """Return those met before a position that the stream has come to, in order, to be settled."""
         with self._lock:
-            return [fault for fault in self._ahead.values() if fault.position < position]
+            return sorted((each for each in self._ahead.values() if each.position < position), key=_WHEN_MET)
 
     def settle(self, faults: Iterable[Fault]) -> list[Fault]:
         """Add those that any process has met; return the new ones, in the order in which they were met."""
         with self._lock:
             new = []
-            for fault in sorted(faults, key=lambda fault: (fault.position, fault.sample)):
+            for fault in sorted(faults, key=_WHEN_MET):
                 if fault.sample not in self.settled:
                     self.settled[fault.sample] = fault
                     new.append(fault)

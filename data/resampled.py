@@ -9,6 +9,7 @@ promises is lost, see `COST`.
 import hashlib
 import random
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 
 import torch
@@ -16,7 +17,7 @@ from webdataset.filters import shuffle
 from webdataset.pipeline import DataPipeline
 from webdataset.shardlists import ResampledShards
 
-from .ahead import ReadAhead
+from .ahead import Job, ReadAhead
 from .batch import Stream
 from .decode import Batch, decode_batch, find_decoder, with_floats
 from .faults import first_good
@@ -66,7 +67,7 @@ class Resampled(ReadAhead):
                 members = {name: data for name, data in sample.members.items() if name in wanted}
                 yield Sample(sample.key, sample.shard, members)
 
-        def batches() -> Generator[Batch]:
+        def jobs() -> Generator[Job]:
             position = start
             for chosen in _batched(shards.shards, read, stream, start):
                 index = rank_positions(position, stream.batch_size, rank=stream.rank, world=stream.world)
@@ -74,10 +75,11 @@ class Resampled(ReadAhead):
                 for old in list(islice(names, max(0, len(names) - _REMEMBERED))):
                     del names[old]
                 batch = {"index": torch.from_numpy(index), **decode_batch(chosen, decoder)}
-                yield batch | labels(chosen)
+                batch |= labels(chosen)
+                yield partial(dict, batch)
                 position += stream.batch_size
 
-        self.begin(batches)
+        self.begin(jobs)
 
     @property
     def reader_stats(self) -> dict[str, int]:

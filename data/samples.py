@@ -24,6 +24,8 @@ class Samples:
         stop: threading.Event | None = None,
     ) -> None:
         self._decoder = decoder
+        self._of_rows = decoder if isinstance(decoder, RowDecoder) else None
+        self._stacking = decoder if isinstance(decoder, BatchDecoder) else None
         self.reader = Reader(shards, extensions={*decoder.extensions, CLASS}, evict=evict, stop=stop)
         self._label_reader = Reader(shards, extensions={member_of(shards.label)}, evict=evict, stop=stop)
         self._text = TextDecoder.of(shards) if shards.label == CAPTION else None
@@ -33,7 +35,7 @@ class Samples:
 
         Raises `ValueError` for a sample that cannot be read or decoded, or is not finite; it is named.
         """
-        if isinstance(self._decoder, RowDecoder):
+        if self._of_rows is not None:
             order = np.argsort(numbers, kind="stable")  # what lies side by side is read at once
             numbers, index = numbers[order], index[order]
         batch = self._at_once(numbers)
@@ -54,17 +56,16 @@ class Samples:
 
     def _at_once(self, numbers: np.ndarray) -> Batch | None:
         """Decode samples that are alike, without an object for each; nothing where they are not."""
-        decoder = self._decoder
-        if self.reader.shards.remote is not None or len(decoder.extensions) > 1:
+        if self.reader.shards.remote is not None or len(self._decoder.extensions) > 1:
             return None
-        (extension,) = decoder.extensions
+        (extension,) = self._decoder.extensions
         if self.reader.not_finite(numbers) is not None:
             return None
-        if isinstance(decoder, RowDecoder):
+        if self._of_rows is not None:
             rows = self.reader.rows(numbers, extension)
-            return None if rows is None else decoder.of_rows(rows)
-        if isinstance(decoder, BatchDecoder):
-            return decoder.stack(self.reader.members(numbers, extension), len(numbers))
+            return None if rows is None else self._of_rows.of_rows(rows)
+        if self._stacking is not None:
+            return self._stacking.stack(self.reader.members(numbers, extension), len(numbers))
         return None
 
 
