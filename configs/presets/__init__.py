@@ -24,6 +24,8 @@
     freeflow                  lagrangian         teacher     from noise alone: no data are seen
     psd                       semigroup                      any split; learned weights
     shortcut                  semigroup                      split in half; a target network
+    diffflow-published        diffflow                       a drift and a score; almost a flow
+    diffflow-ddpm-residual    diffflow                       a drift that is 0 at birth beside DDPM's own
     cmt                       trajectory                     stored trajectories, to their ends
 
 Where there is a teacher and the file does not say `velocity`, data becomes the teacher's.

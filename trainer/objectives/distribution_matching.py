@@ -13,18 +13,23 @@ by flow matching on them. Data are not used, only their conditions.
 A polish for a map that has been distilled: a diagonal that still is the teacher's says g = 0 everywhere,
 until the second term has moved it to the student's samples.
 
+With `fake_network` a third network tells D_own after all: a copy of the student at its start, which learns
+the second term in every step, on the student's samples, by an optimizer of its own (fake.py), while the
+student learns the first one in every `student_every`-th step. Its diagonal is then held to nothing, and what
+it is good for are samples in one and two jumps.
+
 Sources: Yin et al., "One-step diffusion with distribution matching distillation", 2024, eqs. 7 and 8; the
 flow map's own velocity in place of a network for it: after the idea of arXiv 2605.19256.
 """
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from ...models.flow_map import FlowMap, Velocity
+from ...models.flow_map import FlowMap, Process, Velocity
 from ...models.path import Linear, expand
 from ..objective import STRICT, Batch, Paths, Tangent, mean_square
 from ..times import Times, Uniform
@@ -43,25 +48,57 @@ class DistributionMatching:
     times: Times = Field(default_factory=Uniform)
     one_jump: Annotated[float, Field(ge=0, le=1)] = 0.5
     diagonal_weight: Annotated[float, Field(gt=0)] = 1.0
+    fake_network: bool = False
+    student_every: Annotated[int, Field(ge=1)] = 1
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        if self.fake_network and self.diagonal_weight != 1:
+            raise ValueError(
+                "diagonal_weight has no effect with fake_network, which learns that term by an optimizer of "
+                "its own; set optimizer.fake_lr instead"
+            )
+        if self.student_every != 1 and not self.fake_network:
+            raise ValueError(
+                "student_every has no effect without a fake network to learn in between; set fake_network to "
+                "true, or remove it"
+            )
+        return self
 
     def __call__(self, model: FlowMap, batch: Batch, teacher: Velocity | None = None) -> dict[str, Tensor]:
         """Return the loss, the error of the diagonal on the student's samples, and the size of g."""
         assert teacher is not None
-        y = self.samples(model, batch)
+        if isinstance(teacher, Process):
+            raise ValueError(
+                "distribution matching adds noise along a path, and this teacher has a process of its own; "
+                "give one that was trained along a path"
+            )
+        own, learns = model if model.fake is None else model.fake, self.student_learns(batch)
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            y = self.samples(model, batch)
         r = self.times.sample(batch.random).to(y.dtype)
         noise = batch.random.normal("renoise", tuple(y.shape[1:])).to(y.dtype)
         fixed = y.detach()
         state = self.path.state(fixed, noise, r)
-        own = model.velocity(state, r, batch.condition)
+        said = own.velocity(state, r, batch.condition)
+        diagonal = mean_square(said - self.path.velocity(fixed, noise, r))
+        told: dict[str, Any] = {"error": diagonal, "error_diagonal": diagonal, "time": r}
+        told["index"] = batch.random.index
+        if not learns:
+            return {"loss": diagonal.mean(), **told}
         with torch.no_grad():
             wanted = self._data(teacher.velocity(state, r, batch.condition), state, r)
-            g = self._data(own, state, r) - wanted
+            g = self._data(said, state, r) - wanted
             scale = (fixed - wanted).abs().flatten(1).mean(1)
             moved = fixed - g / expand(scale.clamp(min=torch.finfo(y.dtype).tiny), g)
-        diagonal = mean_square(own - self.path.velocity(fixed, noise, r))
         loss = mean_square(y - moved).mean() / 2 + self.diagonal_weight * diagonal.mean()
-        told = {"error": diagonal, "error_diagonal": diagonal, "time": r, "index": batch.random.index}
         return {"loss": loss, "gap_to_teacher": mean_square(g).sqrt(), **told}
+
+    def student_learns(self, batch: Batch) -> bool:
+        """Return whether the student moves in the step of a batch; where nothing is trained it does."""
+        if self.student_every == 1 or not torch.is_grad_enabled():
+            return True
+        return (int(batch.step[0]) + 1) % self.student_every == 0
 
     def samples(self, model: FlowMap, batch: Batch) -> Tensor:
         """Return the student's samples (B, ...), whose last jump carries a gradient."""

@@ -61,6 +61,7 @@ class FlowMatching:
             )
         index, batch = batch.random.index, coupled(batch, self.coupling)
         batch = batch.with_condition_dropped(self.condition_dropout, null=model.null_condition)
+        batch = batch.of_teacher(teacher)
         t = self.times.sample(batch.random).to(batch.data.dtype)
         guide = self.guidance.by(target or model) if self.guidance else None
         error = diagonal_error(model, self.path, batch, t, teacher or guide)

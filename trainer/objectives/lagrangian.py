@@ -48,7 +48,7 @@ class Lagrangian(DerivativeRule):
     ) -> JumpError:
         """Return the squared residual of the Lagrangian equation."""
         assert velocity is not None
-        x = self.path.state(batch.data, batch.noise(), s)
+        x = batch.state(self.path, s)
         gap = expand(t - s, x)
 
         def mean_velocity(end: Tensor) -> Tensor:

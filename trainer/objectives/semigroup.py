@@ -52,7 +52,7 @@ class Semigroup(Rule):
         target: FlowMap,
     ) -> JumpError:
         """Return the squared difference between one jump and two."""
-        x = self.path.state(batch.data, batch.noise(), s)
+        x = batch.state(self.path, s)
         first_part = (
             batch.random.uniform("split").to(s.dtype) if self.split == "uniform" else torch.full_like(s, 0.5)
         )
