@@ -18,11 +18,12 @@ The files, in the order in which a sample travels:
 
     sources.py    chooses by the form of a source's name; a folder, digits, shards packed anew
     tables.py     one picture a row; rows.py: CSV, JSONL, parquet and `datasets` as rows
+    tabular.py    a vector of numbers a row; number_files.py: files of them, density_sets.py: published sets
     emoji.py      emoji from npm packages, three drawings of each
     pictures.py   pictures of any kind become pictures of one kind
     split.py      a source in two parts, one of them held out
     making.py     a source becomes shards: by several processes, resumable
-    synthetic.py  two-dimensional point sets with a known density
+    synthetic.py  two-dimensional point sets with a known density, of shapes.py
     writer.py     one sample after another into tars; `write_atomically`
     index.py      the sidecar of one tar: where each member lies, and its checksum
     card.py       `dataset.json`: what a data set says of itself

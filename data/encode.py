@@ -74,6 +74,7 @@ def encode_shards(
         batches = {shard: _batches(source, shard, batch_size) for shard in share}
 
         def told(samples: int) -> None:
+            processes.raise_if_stopped()
             if progress is not None:
                 progress(min(source.num_samples, done + samples * processes.size))
 
@@ -179,13 +180,14 @@ def _encode_share(
     def counted(shard: int) -> Iterator[tuple[str, dict[str, bytes]]]:
         nonlocal done
         for batch in islice(ahead, len(batches[shard])):
+            if done:  # asked to stop, it raises here, where a shard may just have become whole
+                told(done)
             bad.extend(batch.bad)
             if len(bad) > most_bad:
                 raise _too_bad(source, len(bad), bad[-1])
             if batch.samples:
                 yield from _encoded(batch, encoders)
             done += len(batch.samples) + len(batch.bad)
-            told(done)
 
     with closing(ahead):
         try:
@@ -194,6 +196,7 @@ def _encode_share(
                 if write_shard(tar, counted(shard)) == 0:
                     raise ValueError(f"{tar.name}: none of its samples can be encoded, such as {bad[-1]}")
                 build_index(tar)
+            told(done)
         finally:
             stop.set()
 

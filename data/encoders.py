@@ -3,6 +3,7 @@
 Both are stored in float16. Which network does it is given as a function: nothing here knows any.
 """
 
+import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -83,6 +84,40 @@ class CaptionEncoder:
     def encode(self, loaded: list[str]) -> Iterable[np.ndarray]:
         """Return the embeddings of each caption."""
         return [tokens.to("cpu", torch.float16).numpy() for tokens in self.embeddings(loaded)]
+
+
+@dataclass(frozen=True)
+class SizedCaptionEncoder:
+    """Captions and six numbers of their pictures to embeddings, for networks that are told both.
+
+    The numbers are height and width of the original, top and left of the crop, height and width of what is
+    trained on. The first four are the fields original_height, original_width, crop_top and crop_left of a
+    sample's json; where they are missing, the picture is as it was, `size` (height, width).
+    """
+
+    embeddings: Callable[[Sequence[str], Sequence[Sequence[float]]], Sequence[Tensor]]
+    place: CaptionPlace
+    size: tuple[int, int]
+    extension: str = TEXT
+    replaces: Collection[str] = ()
+
+    def load(self, samples: Sequence[Sample]) -> list[tuple[str, list[float]]]:
+        """Read the captions and the numbers."""
+        return [(self.place.read(sample), self._numbers(sample)) for sample in samples]
+
+    def encode(self, loaded: list[tuple[str, list[float]]]) -> Iterable[np.ndarray]:
+        """Return the embeddings of each caption."""
+        captions, numbers = [caption for caption, _ in loaded], [found for _, found in loaded]
+        return [tokens.to("cpu", torch.float16).numpy() for tokens in self.embeddings(captions, numbers)]
+
+    def _numbers(self, sample: Sample) -> list[float]:
+        fields = json.loads(sample.members.get("json", b"{}"))
+        names = ("original_height", "original_width", "crop_top", "crop_left")
+        usual = (*self.size, 0, 0)
+        return [
+            *(float(fields.get(name, other)) for name, other in zip(names, usual, strict=True)),
+            *self.size,
+        ]
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ _ALIKE: dict[str, Callable[[ShardSet], Any]] = {
     "the text encoder": lambda shards: shards.info.get("text", {}).get("encoder"),
     "trajectories at": lambda shards: shards.info.get("trajectories", {}).get("times"),
     "trajectories along": lambda shards: shards.info.get("trajectories", {}).get("path"),
+    "the standardisation": lambda shards: shards.info.get("table"),
     "class labels:": lambda shards: bool(shards.labels),
     "classes": lambda shards: names_of(shards.info, CLASS),
 }

@@ -235,8 +235,10 @@ def _finish_chunk(finish: Callable[[Any], Finished], drafts: list[Any]) -> list[
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it, however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave signals to the parent, and end with it, however it ends."""
+    # Not SIGTERM, by which the pool itself ends them. Slurm sends its signals to every process of a job.
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     # A worker waits on a pipe that it holds open itself, so it would outlive a parent that was killed.
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -28,6 +28,10 @@ class Processes(Protocol):
         """Call a function on all, and raise on all what it raises on any."""
         ...
 
+    def raise_if_stopped(self) -> None:
+        """Raise KeyboardInterrupt where any process has been asked to stop."""
+        ...
+
 
 @dataclass(frozen=True)
 class Alone:
@@ -43,3 +47,6 @@ class Alone:
     def together(self, function: Callable[[], object]) -> None:
         """Call a function."""
         function()
+
+    def raise_if_stopped(self) -> None:
+        """Do nothing: Ctrl-C interrupts by itself."""

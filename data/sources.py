@@ -8,6 +8,8 @@ time; `make_shards` (making.py) writes it. Each kind is one function that return
     hf:NAME                        a data set that the `datasets` library finds (tables.py)
     emoji:FOLDER                   unpacked npm packages of emoji (emoji.py)
     digits:train digits:held_out   handwritten digits
+    tabular:FILE                   a vector of numbers a row (number_files.py, tabular.py)
+    density:NAME:PART:FOLDER       the sets that density estimators are compared on (density_sets.py)
 """
 
 import hashlib
@@ -22,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from .buckets import Size
+from .density_sets import density_set
 from .emoji import emoji
 from .making import Source, make_shards
 from .members import PICTURES
@@ -29,6 +32,7 @@ from .pictures import Draft, Fit, PicturePolicy, finish, png
 from .reader import Reader
 from .shards import ShardSet
 from .tables import SUFFIXES, Columns, hub, is_saved, saved, table
+from .tabular import tabular
 
 __all__ = ["Request", "Source", "digits", "find_source", "folder", "make_shards", "shards"]
 
@@ -52,6 +56,8 @@ class Request:
     label: str | None = None
     caption: str | None = None
     buckets: tuple[Size, ...] | None = None
+    drop: tuple[str, ...] | None = None  # columns of a table of numbers
+    held_out: float | None = None  # the share of rows that do not say how such a table is standardised
 
     def policy(self, default_size: int = 256) -> PicturePolicy:
         """Return what pictures become."""
@@ -67,7 +73,7 @@ class Request:
     def refuse_all_but(self, names: tuple[str, ...], kind: str) -> None:
         """Raise `ValueError` for a setting that has no effect on this kind of source."""
         for name, value in asdict(self).items():
-            if value is not None and name not in names:
+            if value is not None and name not in (*names, "held_out"):
                 option = "class" if name == "label" else name
                 raise ValueError(f"--{option} is {value!r} but {kind}; leave --{option} out")
 
@@ -86,6 +92,14 @@ def find_source(name: str, request: Request | None = None) -> Source:
     if kind == "emoji" and rest:
         request.refuse_all_but(_PICTURES, "emoji packages have no columns")
         return emoji(rest, policy=request.policy(default_size=64))
+    if kind == "tabular" and rest:
+        request.refuse_all_but(("label", "drop"), "a table of numbers has no pictures")
+        return tabular(rest, label=request.label, dropped=request.drop or (), held_out=request.held_out)
+    if kind == "density" and rest:
+        request.refuse_all_but((), "this set has columns of its own")
+        return density_set(rest)
+    if request.drop is not None:
+        raise ValueError(f"--drop is for tables of numbers; give tabular:{name}, or leave it out")
     if kind == "hf" and rest:
         return hub(rest, policy=request.policy(), columns=request.columns())
     if path.suffix.lower() in SUFFIXES and not path.is_dir():
@@ -96,7 +110,8 @@ def find_source(name: str, request: Request | None = None) -> Source:
     if not path.is_dir():
         raise ValueError(
             f"{name} is no folder; expected a folder of pictures, shards or a saved data set, a table "
-            f"({', '.join(SUFFIXES)}), hf:NAME, emoji:FOLDER, digits:train or digits:held_out"
+            f"({', '.join(SUFFIXES)}), hf:NAME, emoji:FOLDER, digits:train, digits:held_out, tabular:FILE "
+            "or density:NAME:PART:FOLDER"
         )
     if any(path.glob("*.tar")):
         if request.size is None and request.buckets is None:

@@ -20,7 +20,7 @@ def split(source: Source, share: float) -> tuple[Source, Source]:
     """
     if not 0 < share < 1:
         raise ValueError(f"held out is {share}; expected a share between 0 and 1, such as 0.1")
-    num_held_out = sum(_is_held_out(key, share) for key, _ in source.samples())
+    num_held_out = sum(is_held_out(key, share) for key, _ in source.samples())
     counts = {"training": source.num_samples - num_held_out, "held out": num_held_out}
     if not all(counts.values()):
         raise ValueError(
@@ -39,9 +39,10 @@ def split(source: Source, share: float) -> tuple[Source, Source]:
 
 
 def _part(source: Source, share: float, *, held_out: bool) -> Iterator[tuple[str, Any]]:
-    return ((key, draft) for key, draft in source.samples() if _is_held_out(key, share) == held_out)
+    return ((key, draft) for key, draft in source.samples() if is_held_out(key, share) == held_out)
 
 
-def _is_held_out(key: str, share: float) -> bool:
+def is_held_out(key: str, share: float) -> bool:
+    """Return whether the sample of a key is among the `share` that is held out."""
     digest = hashlib.sha256(key.rpartition("/")[2].encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8]) < share * 2**64

@@ -10,10 +10,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..trainer.launcher import launcher
+from ..trainer.signals import ExitCode, interrupt_at_signals, lost
 from .cli_bench import bench_app
+from .cli_compare import compare
+from .cli_jobs import doctor, submit
 from .cli_likelihood import likelihood
+from .cli_publish import app as try_app
+from .cli_publish import export, publish
 from .cli_sample import invert, sample
 from .cli_shards import shards_app
+from .cli_status import logs, resume, status, stop
 from .cli_trajectories import trajectories
 
 app = typer.Typer(
@@ -36,16 +43,22 @@ class Rule(StrEnum):
 
 
 def main() -> None:
-    """Run the command line; a person's mistake becomes one message, an interruption exit code 130."""
+    """Run the command line; a person's mistake becomes one message, a request to stop its exit code."""
+    interrupt_at_signals()
     try:
-        app()
+        launcher()
+        # The deepspeed launcher says it in the environment, too.
+        app([word for word in sys.argv[1:] if not word.startswith("--local_rank=")])
     except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(ExitCode.STOPPED)
+    except Exception as error:
+        others = lost(error)
+        if not others and not isinstance(error, (ValueError, OSError, FloatingPointError)):
+            raise
         Console(stderr=True).print(
             f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
         )
-        sys.exit(2)
+        sys.exit(ExitCode.LOST if others else ExitCode.MISTAKE)
 
 
 @app.callback()
@@ -93,7 +106,7 @@ def train(
     folder = out or Path("runs") / config.stem
     run = run_training(recipe, folder)
     console.quiet = run.strategy.world.rank != 0
-    if not run.finished:
+    if not run.complete:
         console.print(
             f"stopped and saved at step {run.step} of {folder}; the same command goes on from there"
         )
@@ -121,6 +134,12 @@ def plan(
     show(found, json_file, console)
 
 
+app.command()(submit)
+app.command()(doctor)
+app.command()(status)
+app.command()(logs)
+app.command()(stop)
+app.command()(resume)
 app.command()(sample)
 app.command()(invert)
 
@@ -157,9 +176,8 @@ def evaluate(
     references: Annotated[
         Path | None, typer.Option(help="keeps what is measured of real pictures; in DRIFTMAP_CACHE")
     ] = None,
-    shift: Annotated[
-        float, typer.Option(min=0.01, help="move the times of the student's jumps towards noise")
-    ] = 1.0,
+    shift: Annotated[float, typer.Option(min=0.01, help="move the student's times towards noise")] = 1.0,
+    guidance: Annotated[float | None, typer.Option(min=1, help="of a student that takes it")] = None,
 ) -> None:
     """Measure quality against number of evaluations, with floors and blindness check.
 
@@ -182,6 +200,7 @@ def evaluate(
         batch_size=batch_size,
         references=references,
         shift=shift,
+        guidance=guidance,
     )
     evaluation = evaluate_run(request, out or run / "evaluation.json")
     console.quiet = os.environ.get("RANK", "0") != "0"
@@ -189,6 +208,7 @@ def evaluate(
 
 
 app.command()(likelihood)
+app.command()(compare)
 app.command()(trajectories)
 
 
@@ -209,22 +229,9 @@ def report(
     console.print(page)
 
 
-@app.command()
-def export(
-    run: RunFolder,
-    out: Annotated[Path, typer.Argument(help="the pipeline folder to write")],
-    autoencoder: Annotated[Path | None, typer.Option(help="the autoencoder's run, if it has moved")] = None,
-    shift: Annotated[
-        float, typer.Option(min=0.01, help="of the times it samples along, as `evaluate` found")
-    ] = 1.0,
-) -> None:
-    """Write a flow map as a diffusers pipeline and check its samples in a process without driftmap."""
-    from .export import check_export
-    from .export import export as write
-
-    write(run, out, autoencoder=autoencoder, shift=shift)
-    difference = check_export(out, run, shift=shift)
-    console.print(f"{out}: loaded without driftmap, samples differ by {difference:.1e}")
+app.command()(export)
+app.command()(publish)
+app.command("app")(try_app)
 
 
 @app.command()

@@ -80,3 +80,15 @@ def bench_tangent(
     from .bench_tangent import tangent
 
     show(tangent(rounds=rounds), json_file, console)
+
+
+@bench_app.command("diffflow")
+def bench_diffflow(
+    json_file: Annotated[Path | None, typer.Option("--json", help="also write the table here")] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="alternated rounds of each")] = 9,
+) -> None:
+    """Time a step of DiffFlow against one that simulates its path again, as the method was published."""
+    from .bench import show
+    from .bench_diffflow import diffflow
+
+    show(diffflow(rounds=rounds), json_file, console)

@@ -12,12 +12,13 @@ def likelihood(
     run: Annotated[Path, typer.Argument(help="the run of a diffusion or flow model")],
     data: Annotated[Path, typer.Option(help="shards to measure, every sample once")],
     measures: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="some of bound (the chain's variational bound), iw (importance-weighted bound), "
-            "ode (the density of the probability flow)"
+            "ode (the density of the probability flow), or exact (that of a discrete flow); bound,ode if it "
+            "has them"
         ),
-    ] = "bound,ode",
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="steps of the chain; those of the path, else 1000")
     ] = None,
@@ -49,7 +50,7 @@ def likelihood(
     request = LikelihoodRequest(
         run=run,
         data=data,
-        measures=tuple(measures.split(",")),
+        measures=() if measures is None else tuple(measures.split(",")),
         steps=steps,
         drawn_steps=drawn_steps,
         variance=variance,

@@ -28,7 +28,7 @@ def sample(
         str | None, typer.Option(help="where the encoder of prompts is, if it has moved")
     ] = None,
     guidance: Annotated[
-        float, typer.Option(help="classifier-free guidance; costs two evaluations a step")
+        float, typer.Option(help="guidance; two evaluations a step, one where the network takes it")
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="sample i of a seed is always the same")] = 0,
     sampler: Annotated[

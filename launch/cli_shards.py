@@ -23,7 +23,8 @@ def shards_make(
         str,
         typer.Argument(
             help="a folder of pictures (a sub-folder a class), a table (.csv .tsv .jsonl .parquet), a folder "
-            "that `datasets` saved, shards to pack anew, hf:NAME, emoji:FOLDER, digits:train, digits:held_out"
+            "that `datasets` saved, shards to pack anew, hf:NAME, emoji:FOLDER, digits:train, "
+            "digits:held_out, tabular:FILE of numbers, density:NAME:PART:FOLDER"
         ),
     ],
     out: Annotated[Path, typer.Argument(help="the folder of shards to write")],
@@ -42,6 +43,7 @@ def shards_make(
     picture: Annotated[str | None, typer.Option(help="the table's column of paths or bytes")] = None,
     label: Annotated[str | None, typer.Option("--class", help="its column of classes; '' for none")] = None,
     caption: Annotated[str | None, typer.Option(help="its column of captions; '' for none")] = None,
+    drop: Annotated[str | None, typer.Option(help="columns of numbers to leave out: A,B")] = None,
     licence: Annotated[str | None, typer.Option(help="the licence of the pictures, for the card")] = None,
     origin: Annotated[str | None, typer.Option(help="where the pictures are from, for the card")] = None,
     held_out: Annotated[
@@ -56,7 +58,10 @@ def shards_make(
     from ..data.split import split
 
     sizes = parse_sizes(buckets) if buckets is not None else None
-    request = Request(size, channels, cast(Any, fit), background, picture, label, caption, sizes)
+    dropped = tuple(drop.split(",")) if drop else None
+    request = Request(
+        size, channels, cast(Any, fit), background, picture, label, caption, sizes, dropped, held_out
+    )
     found = find_source(source, request)
     if licence is not None:
         found = replace(found, licence=licence)
@@ -71,12 +76,26 @@ def shards_make(
                 part, folder, samples_per_shard=samples_per_shard, workers=workers, progress=update
             )
         _print_shards(made)
+    _print_about(found.info)
+
+
+def _print_about(info: dict[str, Any]) -> None:
+    """Print what a person should know of the samples: filled gaps, classes, styles."""
+    if filled := _filled(info):
+        console.print(f"noise fills the gaps between the values of {filled}", soft_wrap=True)
     for name in ("classes", "styles"):
-        if names := found.info.get(name):
+        if names := info.get(name):
             console.print(
                 f"{len(names)} {name}: {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}",
                 soft_wrap=True,
             )
+
+
+def _filled(info: dict[str, Any]) -> str:
+    """Return the columns of a table whose values repeat, with their steps; see data/tabular.py."""
+    table = info.get("table", {"columns": [], "steps": []})
+    steps = zip(table["columns"], table["steps"], strict=True)
+    return ", ".join(f"{column} (multiples of {step:g})" for column, step in steps if step)
 
 
 @contextmanager

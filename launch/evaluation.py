@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from ..trainer.encode import autoencoder_of, text_encoder_of
 from ..trainer.evaluate import Subject, evaluate
 from ..trainer.features import CaptionJudge, classifier_of, features_named
 from ..trainer.guiding import guided, usual_sampler
-from ..trainer.hooks import signals_received
 from ..trainer.judge import Judge
 from ..trainer.references import MADE, Dealer, Part, References, default_folder, makers, pictures_behind
 from ..trainer.report import grid
+from ..trainer.signals import asked_to_stop
 from ..trainer.strategy import process_group
+from ..trainer.unfinished import Unfinished
 from ..trainer.world import World
 
 GRID_PICTURES, GRID_COLUMNS = 40, 10
@@ -72,13 +73,14 @@ class EvaluationRequest:
     batch_size: int = 250
     references: Path | None = None  # folder of what is measured once
     shift: float = 1.0  # of the grid of the student's jumps
+    guidance: float | None = None  # of a student that takes it as an input, and of its teacher
 
 
 def evaluate_run(request: EvaluationRequest, out: Path) -> dict[str, Any]:
     """Evaluate a run, write `out` (JSON) and RUN/samples/*.png, and return the evaluation.
 
-    Started in several processes, they share the samples, and the first one writes. Raises KeyboardInterrupt
-    where a signal came in between; nothing is written then.
+    Started in several processes, they share the samples, and the first one writes. Raises Stopped where one
+    was asked to stop; what was done is kept then, and taken over by the next call.
     """
     world = World(process_group())
     recipe = run_recipe(request.run)
@@ -86,13 +88,13 @@ def evaluate_run(request: EvaluationRequest, out: Path) -> dict[str, Any]:
     latents = shards_of_run(request.run)
     taught = recipe.get("teacher") or latents.info.get("trajectories", {}).get("teacher") or {}
     teacher_run = request.teacher or (Path(taught["run"]) if taught else request.run)
-    guidance = taught.get("guidance", 1.0)
+    student, guidance = _at_guidance(student, request, taught.get("guidance", 1.0))
+    taught = taught if guidance != 1 else {}  # without guidance nothing is rescaled
     interval = tuple(taught.get("guidance_interval", (0.0, 1.0)))
     rescale = taught.get("guidance_rescale", 0.0)
     weak = load_flow_map(Path(taught["weak"])).to(world.device) if taught.get("weak") else None
-    teacher = guided(
-        load_flow_map(teacher_run).to(world.device), guidance, interval=interval, rescale=rescale, weak=weak
-    )
+    unguided = load_flow_map(teacher_run).to(world.device)
+    teacher = guided(unguided, guidance, interval=interval, rescale=rescale, weak=weak)
     autoencoder = autoencoder_of(latents) if "latents" in latents.info else None
     # A caption tells the class, too.
     label = CLASS if latents.label == CAPTION else latents.label
@@ -109,14 +111,35 @@ def evaluate_run(request: EvaluationRequest, out: Path) -> dict[str, Any]:
         jumps=usual_sampler(recipe["objective"]["name"], guidance=1.0) == "jump",
         shift=request.shift,
     )
-    with signals_received() as received:
-        dealer = Dealer(world, request.batch_size, received)
+    with asked_to_stop() as world.stop:
+        dealer = Dealer(world, request.batch_size)
         conditional = student.null_condition is not None
         references = _references(request, held_out, autoencoder, dealer, conditional=conditional)
-        evaluation, pictures = evaluate(subject, references, held_out=held_out, training=training)
+        about = asdict(replace(request, references=None))
+        about |= {"weights": [fingerprint(each) for each in (student, unguided, weak) if each is not None]}
+        about |= {"seen": [references.about(part) for part in (held_out, training)]}
+        unfinished = Unfinished(out, about, world)
+        evaluation, pictures = evaluate(
+            subject, references, held_out=held_out, training=training, unfinished=unfinished
+        )
     evaluation |= {"guidance": guidance, "guidance_interval": interval, "guidance_rescale": rescale}
     world.first(lambda: _write(request.run, out, evaluation, pictures))
+    unfinished.forget()
     return evaluation
+
+
+def _at_guidance(student: FlowMap, request: EvaluationRequest, taught: Any) -> tuple[FlowMap, float]:
+    """Return the student at the guidance of the evaluation, and this: as it was taught, or as it is asked."""
+    if not student.takes_guidance:
+        if request.guidance is not None:
+            raise ConfigError(
+                f"--guidance {request.guidance:g}: {request.run} takes no scale of guidance; leave it out, "
+                "its teacher's is what it was"
+            )
+        return student, taught
+    asked = 1.0 if request.guidance is None else request.guidance
+    guided(student, asked)  # refuses what it does not take
+    return student.at_guidance(asked), asked
 
 
 def _write(run: Path, out: Path, evaluation: dict[str, Any], pictures: dict[str, torch.Tensor]) -> None:

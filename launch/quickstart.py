@@ -89,6 +89,6 @@ def _stage(title: str, config: str, folder: Path, shards: ShardSet, *overrides: 
     """Train one recipe to its end, or raise KeyboardInterrupt where it was stopped."""
     console.rule(title)
     run = train(recipe_named(config, [f"data.shards={shards.folder}", *overrides]), folder)
-    if not run.finished:
+    if not run.complete:
         console.print(f"stopped and saved at step {run.step}; the same command goes on from there")
         raise KeyboardInterrupt

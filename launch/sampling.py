@@ -69,17 +69,19 @@ def _samples(
     noise = sample_noise(request.count, model.sample_shape, seed=request.seed)
     random = Random(request.seed, torch.arange(request.count))
     objective = run_recipe(request.run)["objective"]["name"]
-    name = request.sampler or usual_sampler(objective, request.guidance)
+    built_in = model.takes_guidance
+    name = request.sampler or usual_sampler(objective, request.guidance, built_in=built_in)
     evaluations: list[Tensor] = []
     sampler = sampler_of(
         name,
-        path=model.path,
+        path=model.path_of_states,
         draw=lambda step: random.normal(f"sample step {step}", model.sample_shape),
         evaluated=evaluations.append,
     )
-    if sampler.jumps and request.guidance != 1:
+    if sampler.jumps and request.guidance != 1 and not built_in:
         raise ConfigError(
-            f"--sampler {name}: a jump cannot be guided, as --guidance {request.guidance} asks for"
+            f"--sampler {name}: a jump cannot be guided, as --guidance {request.guidance} asks for, but by a "
+            "network that takes the scale as an input (model.guidance_input)"
         )
     weak = None if request.weak is None else load_flow_map(request.weak)
     velocity = guided(model, request.guidance, rescale=request.rescale, weak=weak)

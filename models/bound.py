@@ -103,11 +103,8 @@ class Chain:
         return abar.sqrt() * data.double() + (1 - abar).sqrt() * noise.double()
 
     def posterior_mean(self, data: Tensor, x: Tensor, n: Tensor) -> Tensor:
-        """Return the mean of q(x_{n-1} | x_n = x, data); the data itself at n = 1. Ho et al., eq. 7."""
-        before, abar, beta = self._abar[n - 1], self._abar[n], self._beta[n]
-        of_data = before.sqrt() * beta / (1 - abar)
-        of_state = (1 - beta).sqrt() * (1 - before) / (1 - abar)
-        return expand(of_data, x) * data + expand(of_state, x) * x
+        """Return the mean of q(x_{n-1} | x_n = x, data); the data itself at n = 1."""
+        return posterior_mean(data, x, self._abar[n - 1], self._abar[n])
 
     def prior_term(self, data: Tensor) -> Tensor:
         """Return L_N (B,) of data (B, ...), in closed form."""
@@ -148,6 +145,14 @@ class Chain:
         if self.decoder == "discretised":
             return discretised_gaussian(data, mean, std)
         return gaussian(data, mean, std.expand(len(data)))
+
+
+def posterior_mean(data: Tensor, x: Tensor, before: Tensor, abar: Tensor) -> Tensor:
+    """Return the mean of q(x_{n-1} | x_n = x, data), abar (B,) of n - 1 being `before`. Ho et al., eq. 7."""
+    beta = 1 - abar / before
+    of_data = before.sqrt() * beta / (1 - abar)
+    of_state = (1 - beta).sqrt() * (1 - before) / (1 - abar)
+    return expand(of_data, x) * data + expand(of_state, x) * x
 
 
 def gaussian(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """What a sample is made from, a class or a caption, and what is done to either without looking inside.
 
 A class is its label; a caption is its tokens' embeddings by a text encoder, padded to one length, with a mask
-of the real ones. "Nothing", which guidance and condition dropout need, is a label of its own, or a caption
-whose mask is False everywhere.
+of the real ones. Either may carry the scale of the guidance that its sample is under. "Nothing", which
+guidance and condition dropout need, is a label of its own, or a caption whose mask is False everywhere.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,14 @@ class Text(NamedTuple):
     mask: Tensor
 
 
-Condition = Tensor | Text  # class labels (B,), int64, or captions
+class Scaled(NamedTuple):
+    """A condition, or none, with the scale (B,) of the guidance that each sample is under."""
+
+    condition: Tensor | Text | None
+    scale: Tensor
+
+
+Condition = Tensor | Text | Scaled  # class labels (B,), int64, or captions
 Nothing = int | Text  # the condition of one sample that says nothing
 
 
@@ -36,8 +43,15 @@ def padded(captions: Sequence[Tensor]) -> Text:
     return Text(tokens, torch.arange(tokens.shape[1]) < lengths[:, None])
 
 
+def parted(condition: Condition | None, scale: float | Tensor) -> tuple[Tensor | Text | None, float | Tensor]:
+    """Return a condition alone, and the scale of guidance that it carries; `scale` if it carries none."""
+    return (condition.condition, condition.scale) if isinstance(condition, Scaled) else (condition, scale)
+
+
 def take(condition: Condition | None, rows: Any) -> Condition | None:
     """Return the conditions at `rows`: a mask, indices or a slice."""
+    if isinstance(condition, Scaled):
+        return Scaled(_alone(take(condition.condition, rows)), condition.scale[rows])
     return None if condition is None else _each(lambda part: part[rows], condition)
 
 
@@ -47,7 +61,11 @@ def joined(*conditions: Condition) -> Condition:
 
 
 def silenced(condition: Condition, rows: Tensor, *, nothing: Nothing) -> Condition:
-    """Return conditions (B, ...) of which those at the mask `rows` (B,) say nothing."""
+    """Return conditions (B, ...) of which those at the mask `rows` (B,) say nothing, at their scales."""
+    if isinstance(condition, Scaled):
+        alone = condition.condition
+        said = None if alone is None else _alone(silenced(alone, rows, nothing=nothing))
+        return Scaled(said, condition.scale)
     return _each(
         lambda part, null: torch.where(rows.reshape(-1, *[1] * (part.dim() - 1)), null, part),
         condition,
@@ -57,9 +75,16 @@ def silenced(condition: Condition, rows: Tensor, *, nothing: Nothing) -> Conditi
 
 def says_nothing(condition: Condition, nothing: Nothing) -> Tensor:
     """Return a mask (B,) of the conditions that are the one that says nothing."""
-    if isinstance(condition, Text):
-        return ~condition.mask.any(1)
-    return torch.eq(condition, torch.as_tensor(nothing, device=condition.device))
+    alone = _alone(condition)
+    if isinstance(alone, Text):
+        return ~alone.mask.any(1)
+    assert alone is not None
+    return torch.eq(alone, torch.as_tensor(nothing, device=alone.device))
+
+
+def _alone(condition: Condition | None) -> Tensor | Text | None:
+    """Return a condition without a scale."""
+    return parted(condition, 1.0)[0]
 
 
 def _each(function: Callable[..., Tensor], *conditions: Any) -> Condition:

@@ -1,10 +1,12 @@
 """What a network predicts and how that becomes a velocity; guidance on top of any velocity."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from .condition import Condition, Nothing, joined, silenced
-from .flow_map import FlowMap, Velocity
+from .condition import Condition, Nothing, joined, parted, silenced
+from .flow_map import FlowMap, Process, Velocity
 from .path import Path, Prediction, expand
 
 
@@ -35,7 +37,7 @@ class Denoiser(FlowMap):
         """
         if self.prediction == "v":
             x = x / expand(self.path.scale(s, data_std=self.data_std), x)
-        return self.backbone(x, s, t, condition)
+        return super().predict(x, s, t, condition)
 
     def end_points(
         self, x: Tensor, s: Tensor, t: Tensor, condition: Condition | None = None
@@ -71,8 +73,15 @@ def learned_log_variance(f: Tensor, large: Tensor, small: Tensor) -> Tensor:
     return (1 + f) / 2 * large.log() + (1 - f) / 2 * small.log()
 
 
-def mixed(strong: Tensor, weak: Tensor, t: Tensor, *, scale: float, interval: tuple[float, float]) -> Tensor:
-    """Return weak + scale (strong - weak) (B, ...) at times t (B,) inside `interval`, strong outside."""
+def mixed(
+    strong: Tensor, weak: Tensor, t: Tensor, *, scale: float | Tensor, interval: tuple[float, float]
+) -> Tensor:
+    """Return weak + scale (strong - weak) (B, ...) at times t (B,) inside `interval`, strong outside.
+
+    The scale is one for all samples, or (B,).
+    """
+    if isinstance(scale, Tensor):
+        scale = scale.to(strong.dtype)
     low, high = interval
     inside = ((t >= low) & (t <= high)).to(strong.dtype)
     return weak + expand(1 + (scale - 1) * inside, strong) * (strong - weak)
@@ -81,8 +90,8 @@ def mixed(strong: Tensor, weak: Tensor, t: Tensor, *, scale: float, interval: tu
 class Guided:
     """Classifier-free guidance: b_null + scale (b_condition - b_null) inside `interval`, b_condition outside.
 
-    Costs two evaluations of the velocity. Source: Ho and Salimans, 2022, eq. 6; the interval: Kynkaanniemi et
-    al., 2024.
+    A scale that the condition carries goes before `scale`. Costs two evaluations of the velocity. Source: Ho
+    and Salimans, 2022, eq. 6; the interval: Kynkaanniemi et al., 2024.
     """
 
     evaluations = 2
@@ -102,15 +111,17 @@ class Guided:
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         """Return the guided velocity (B, ...) for class labels or captions."""
-        return mixed(*self.both(x, t, condition), t, scale=self.scale, interval=self.interval)
+        _, scale = parted(condition, self.scale)
+        return mixed(*self.both(x, t, condition), t, scale=scale, interval=self.interval)
 
     def both(self, x: Tensor, t: Tensor, condition: Condition | None) -> tuple[Tensor, Tensor]:
         """Return the velocities (B, ...) with the condition and without."""
-        if condition is None:
+        alone, _ = parted(condition, self.scale)
+        if alone is None:
             raise ValueError("guidance needs a condition: give class labels, or set guidance to 1")
         everywhere = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        null = silenced(condition, everywhere, nothing=self.null_condition)
-        both = self.inner.velocity(torch.cat([x, x]), torch.cat([t, t]), joined(condition, null))
+        null = silenced(alone, everywhere, nothing=self.null_condition)
+        both = self.inner.velocity(torch.cat([x, x]), torch.cat([t, t]), joined(alone, null))
         conditional, unconditional = both.chunk(2)
         return conditional, unconditional
 
@@ -125,6 +136,29 @@ class InBf16:
         """Return dx/dt (B, ...) in the precision of x (B, ...)."""
         with torch.autocast(x.device.type, dtype=torch.bfloat16):
             return self.inner.velocity(x, t, condition).to(x.dtype)
+
+
+class InProcess:
+    """A velocity, guided or in another precision, with the process of the model that it is of."""
+
+    def __init__(self, inner: Velocity, process: Process) -> None:
+        self.inner, self.process = inner, process
+        self.evaluations = getattr(inner, "evaluations", 1)
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+        """Return dx/dt (B, ...)."""
+        return self.inner.velocity(x, t, condition)
+
+    def state(
+        self,
+        data: Tensor,
+        t: Tensor,
+        *,
+        draw: Callable[[str], Tensor],
+        condition: Condition | None = None,
+    ) -> Tensor:
+        """Return x_t (B, ...) of the model's process."""
+        return self.process.state(data, t, draw=draw, condition=condition)
 
 
 class Along:

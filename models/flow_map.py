@@ -9,12 +9,14 @@ Source: Boffi, Albergo and Vanden-Eijnden, "Flow map matching", 2024, eq. 7; Gen
 2025, eq. 3.
 """
 
-from typing import Any, Protocol
+import copy
+from collections.abc import Callable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from .condition import Condition, Nothing, Text, no_text
+from .condition import Condition, Nothing, Scaled, Text, no_text, parted
 from .log_variance import LogVariance
 from .path import Linear, Path, expand
 
@@ -27,20 +29,45 @@ class Velocity(Protocol):
         ...
 
 
+@runtime_checkable
+class Process(Protocol):
+    """A model whose states at a time are no path's: those of a forward process of its own."""
+
+    def state(
+        self,
+        data: Tensor,
+        t: Tensor,
+        *,
+        draw: Callable[[str], Tensor],
+        condition: Condition | None = None,
+    ) -> Tensor:
+        """Return x_t (B, ...) of data (B, ...) at times t (B,).
+
+        `draw` gives standard normal noise (B, ...) for a purpose, by its name.
+        """
+        ...
+
+
 class FlowMap(nn.Module):
     """The flow map of a backbone `(x, s, t, condition) -> tensor like x`, along the path that it learned.
 
-    `log_variance` is there while an objective trains it with the model; nothing else needs it.
+    `log_variance` and `fake`, a map of the samples that this one makes, are there while an objective trains
+    them with the model; nothing else needs them. `scale` is that of guidance where a condition carries none,
+    for a network that takes it; 1 is none.
     """
 
     backbone: Any
     log_variance: LogVariance | None
+    fake: "FlowMap | None"
+    scale: float
 
     def __init__(self, backbone: nn.Module, path: Path | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.path = path or Linear()
         self.log_variance = None
+        self.fake = None
+        self.scale = 1.0
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -48,9 +75,25 @@ class FlowMap(nn.Module):
         return self.backbone.sample_shape
 
     @property
+    def path_of_states(self) -> Path | None:
+        """The path that its states are on; None where they are those of a process of its own."""
+        return None if isinstance(self, Process) else self.path
+
+    @property
     def text_width(self) -> int:
         """The width of the captions' embeddings that it takes, or 0 where it takes no captions."""
         return getattr(self.backbone, "text_width", 0)
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the network takes the scale of guidance, from 1 on, as an input."""
+        return getattr(self.backbone, "guidance_input", False)
+
+    def at_guidance(self, scale: float) -> Self:
+        """Return this map, with the same weights, under guidance of another scale."""
+        found = copy.copy(self)
+        found.scale = scale
+        return found
 
     @property
     def null_condition(self) -> Nothing | None:
@@ -69,7 +112,15 @@ class FlowMap(nn.Module):
 
     def predict(self, x: Tensor, s: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         """Return what the network says of x_s = x for a jump to t: here the mean velocity."""
-        return self.backbone(x, s, t, condition)
+        if not self.takes_guidance:
+            if isinstance(condition, Scaled):
+                raise ValueError(
+                    "this network takes no scale of guidance; train one with guidance_input: true"
+                )
+            return self.backbone(x, s, t, condition)
+        alone, scale = parted(condition, self.scale)
+        scales = scale if isinstance(scale, Tensor) else torch.full_like(s, scale)
+        return self.backbone(x, s, t, alone, scales)
 
     def mean_velocity(self, x: Tensor, s: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         """Return v(x, s, t) (B, ...), for times s and t (B,) in [0, 1]."""

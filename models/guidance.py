@@ -8,7 +8,7 @@ that is learned from data: Geng et al., "Mean flows", 2025, eq. 21.
 import torch
 from torch import Tensor
 
-from .condition import Condition, says_nothing, take
+from .condition import Condition, parted, says_nothing, take
 from .denoiser import Guided, mixed
 from .flow_map import FlowMap, Velocity
 from .path import expand
@@ -31,7 +31,8 @@ class Rescaled:
         """Return the rescaled velocity (B, ...)."""
         guided = self.guided
         conditional, unconditional = guided.both(x, t, condition)
-        velocity = mixed(conditional, unconditional, t, scale=guided.scale, interval=guided.interval)
+        _, scale = parted(condition, guided.scale)
+        velocity = mixed(conditional, unconditional, t, scale=scale, interval=guided.interval)
         ratio = conditional.flatten(1).std(1) / velocity.flatten(1).std(1)
         return expand(1 + self.share * (ratio - 1), x) * velocity
 
@@ -50,8 +51,9 @@ class Autoguided:
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         """Return the guided velocity (B, ...)."""
-        strong, weak = (each.velocity(x, t, condition) for each in (self.inner, self.weak))
-        return mixed(strong, weak, t, scale=self.scale, interval=self.interval)
+        alone, scale = parted(condition, self.scale)
+        strong, weak = (each.velocity(x, t, alone) for each in (self.inner, self.weak))
+        return mixed(strong, weak, t, scale=scale, interval=self.interval)
 
 
 class SelfGuided:

@@ -3,8 +3,10 @@
 A published model takes this file along, so it imports torch only.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -12,6 +14,8 @@ import torch.autograd.forward_ad as fwad
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+GAP_WAVES = 64  # of a U-Net
+GAP_RADIANS = 100  # of the fastest wave of a gap of 1, where it goes in as a class
 Attention = Literal["sdpa", "math", "xformers", "jvp_flash"]
 
 
@@ -60,11 +64,15 @@ class Stage(nn.Module):
 
 
 class Conditioned(Stage):
-    """A whole network of states and two times, with a class or a caption that may be missing."""
+    """A whole network of states and two times, with a class or a caption that may be missing.
+
+    With `guidance_input` it takes the scale of guidance, too, and a missing one is 1.
+    """
 
     sample_shape: tuple[int, ...]
     text_width: int  # of captions; 0 where it takes none
     max_tokens: int
+    guidance_input: bool
 
     def __call__(
         self,
@@ -72,11 +80,16 @@ class Conditioned(Stage):
         s: Tensor,
         t: Tensor,
         condition: Tensor | tuple[Tensor, Tensor] | None = None,
+        scale: Tensor | None = None,
     ) -> Tensor:
-        """Return the mean velocity between the times s and t at the state x."""
+        """Return the mean velocity between the times s and t at the state x, guided by `scale` (B,)."""
         if tuple(x.shape[1:]) != self.sample_shape:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected {(len(x), *self.sample_shape)}")
         given = parts_of(condition, x, text_width=self.text_width, max_tokens=self.max_tokens)
+        if self.guidance_input:
+            given = (*given, torch.ones_like(s) if scale is None else scale)
+        elif scale is not None:
+            raise ValueError("this network takes no scale of guidance (guidance_input is false)")
         return super().__call__(x, s, t, *given)
 
 
@@ -112,6 +125,30 @@ def waves(time: Tensor, number: int, *, vanishing: bool = False) -> Tensor:
     exponents = torch.linspace(0.0, 2.0, number, dtype=precise.dtype, device=time.device)
     angles = precise[:, None] * 10.0**exponents
     return torch.cat([angles.sin(), 1 - angles.cos() if vanishing else angles.cos()], dim=1)
+
+
+def timestep_waves(
+    timestep: Tensor, width: int, *, cosines_first: bool = True, frequency_shift: float = 0
+) -> Tensor:
+    """Return diffusers' cosines and sines (B, width) of timesteps (B,), in fp32 or better.
+
+    Its own are in fp32 always. Source: Vaswani et al., "Attention is all you need", 2017, section 3.5.
+    """
+    precise = timestep.to(torch.promote_types(timestep.dtype, torch.float32))
+    numbers = torch.arange(width // 2, dtype=precise.dtype, device=timestep.device)
+    angles = precise[:, None] * torch.exp(-math.log(10_000) * (numbers / (width // 2 - frequency_shift)))
+    return torch.cat([angles.cos(), angles.sin()] if cosines_first else [angles.sin(), angles.cos()], dim=1)
+
+
+def scale_waves(scale: Tensor, number: int) -> Tensor:
+    """Return waves (B, 2 number) of 1 - 1 / scale for scales of guidance (B,) from 1 on; those of 1 are 0."""
+    return waves(1 - 1 / scale, number, vanishing=True)
+
+
+def beside_timestep(gap: Tensor, scale: Tensor | None) -> Tensor:
+    """Return what a U-Net is told as `timestep_cond` (B, width): waves of gaps, and of scales of guidance."""
+    told = waves(gap, GAP_WAVES, vanishing=True)
+    return told if scale is None else torch.cat([told, scale_waves(scale, GAP_WAVES)], dim=1)
 
 
 def normalised(tokens: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -177,14 +214,15 @@ def attend(
 
 
 def _xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
+    # Diffusers reads a published file for `import` and warns of every package that is not there.
+    memory_efficient_attention = import_module("xformers.ops").memory_efficient_attention
 
     swapped = (x.transpose(1, 2) for x in (query, key, value))  # it wants (B, L, heads, width)
     return memory_efficient_attention(*swapped).transpose(1, 2)
 
 
 def _jvp_flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    from jvp_flash_attention.jvp_attention import JVPAttn  # pyright: ignore[reportMissingImports]
+    JVPAttn = import_module("jvp_flash_attention.jvp_attention").JVPAttn
 
     return JVPAttn.fwd_dual(query, key, value)
 

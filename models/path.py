@@ -196,3 +196,47 @@ class Trig(Path):
     def time(self, angle: Tensor) -> Tensor:
         """Return 2 angle / pi."""
         return angle * (2 / math.pi)
+
+
+@dataclass(frozen=True)
+class LogLinear(Path):
+    """The straight path with noise in even steps of its logarithm: alpha = 1 - t, sigma = least^(1 - t).
+
+    At t = 0 there is the noise `least` already, so that likelihoods along it are finite. Source: Bartosh et
+    al., "Neural flow diffusion models", 2024.
+    """
+
+    name: Literal["log_linear"] = "log_linear"
+    least: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 < self.least < 1:
+            raise ValueError(f"least is {self.least}, expected a share between 0 and 1, such as 0.01")
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """Return 1 - t."""
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Return least^(1 - t)."""
+        return self.least ** (1 - t)
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        """Return -1."""
+        return -torch.ones_like(t)
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        """Return -log(least) sigma."""
+        return -math.log(self.least) * self.sigma(t)
+
+    def time(self, angle: Tensor) -> Tensor:
+        """Return the time of an angle, 0 for those before the first one.
+
+        With c = -log(least) and w = c (1 - t) it is the root of w + log(w) = log(c / tan(angle)).
+        """
+        c = -math.log(self.least)
+        wanted = math.log(c) - angle.double().clamp(math.atan(self.least), math.pi / 2).tan().log()
+        w = torch.nn.functional.softplus(wanted)
+        for _ in range(6):  # Newton, from a start that is near on both sides
+            w = w * (1 + wanted - w.log()) / (1 + w)
+        return (1 - w / c).clamp(0, 1).to(angle.dtype)

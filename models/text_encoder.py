@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .pretrained import Pretrained, is_pretrained
+from .prompt_encoder import PromptEncoder, prompt_encoder_of
+
 DEFAULT_TOKENS = 77  # CLIP's length
 
 
@@ -48,13 +51,16 @@ class TextEncoder:
         return self.tokenizer.get_vocab()
 
 
-def load_text_encoder(place: str, *, max_tokens: int | None = None) -> TextEncoder:
+def load_text_encoder(place: str, *, max_tokens: int | None = None) -> TextEncoder | PromptEncoder:
     """Load a text encoder from a folder, a diffusers pipeline folder, or the cache by its id (`owner/name`).
 
-    `max_tokens` is at most what the encoder takes, by default 77 or that if it is less.
+    `max_tokens` is at most what the encoder takes, by default 77 or that if it is less. A pipeline's encoders
+    read prompts as the pipeline does, see prompt_encoder.py.
 
     Raises `ValueError` where there is no encoder, no tokenizer, or no weights in safetensors.
     """
+    if is_pretrained(place):
+        return _of_pipeline(place, max_tokens)
     try:
         from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer, logging
     except ImportError as error:
@@ -94,6 +100,18 @@ def load_text_encoder(place: str, *, max_tokens: int | None = None) -> TextEncod
         max_tokens=max_tokens or min(DEFAULT_TOKENS, most),
         width=model.config.hidden_size,
     )
+
+
+def _of_pipeline(place: str, max_tokens: int | None) -> PromptEncoder:
+    encoder = prompt_encoder_of(Pretrained.open(place))
+    if encoder is None:
+        raise ValueError(f"the pipeline {place} has no text_encoder; its network takes no captions")
+    if max_tokens not in (None, encoder.max_tokens):
+        raise ValueError(
+            f"max_tokens is {max_tokens}; the pipeline {place} reads prompts with their padding, "
+            f"{encoder.max_tokens} tokens in all"
+        )
+    return encoder
 
 
 def _settle(model: nn.Module, missing: Collection[str], place: str) -> None:

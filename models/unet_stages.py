@@ -4,7 +4,6 @@ They are called as diffusers calls them, but for three things, which forward-mod
 form of the norms, the attention, and times in double precision where they are given so.
 """
 
-import math
 from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Any
@@ -14,10 +13,9 @@ import torch.nn.functional as F
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from .layers import Stage, attend, normalised, waves
+from .layers import Stage, attend, beside_timestep, normalised, timestep_waves
 
 TIMESTEPS = 1000  # the timestep of s = 1
-GAP_WAVES = 64
 
 
 class Normalised(nn.Module):
@@ -64,42 +62,32 @@ def attention_of(
     mixed = attend(query, key, value, how=module.how, mask=seen)
     found = module.to_out[0](mixed.transpose(1, 2).flatten(2))
     if hidden_states.dim() == 4:
-        return found.transpose(1, 2).reshape(hidden_states.shape) + hidden_states
+        whole = found.transpose(1, 2).reshape(hidden_states.shape) + hidden_states
+        return whole / module.rescale_output_factor
     return found
 
 
 class Embed(Stage):
-    """From both times and the class to what every layer is modulated by."""
+    """From both times, the class and the scale of guidance to what every layer is modulated by."""
 
-    num_inputs = 3
+    num_inputs = 4
 
     def __init__(self, net: Any) -> None:
         super().__init__()
         self.times, self.classes = net.time_embedding, net.class_embedding
 
-    def compute(self, s: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+    def compute(self, s: Tensor, t: Tensor, labels: Tensor | None, scale: Tensor | None) -> Tensor:
         """Return the embedding (B, 4 block_out_channels[0]) of times (B,) and labels (B,)."""
         with torch.autocast(s.device.type, enabled=False):
             linear = self.times.linear_1
             source = timestep_waves(TIMESTEPS * s, linear.in_features)
-            gap = waves(s - t, GAP_WAVES, vanishing=True)
-            found = self.times(source.to(linear.weight.dtype), gap.to(linear.weight.dtype))
+            beside = beside_timestep(s - t, scale)
+            found = self.times(source.to(linear.weight.dtype), beside.to(linear.weight.dtype))
         if self.classes is None:
             return found
         if labels is None:
             labels = torch.full((len(s),), self.classes.num_embeddings - 1, device=s.device)
         return found + self.classes(labels)
-
-
-def timestep_waves(timestep: Tensor, width: int) -> Tensor:
-    """Return diffusers' cosines and sines (B, width) of timesteps (B,), in fp32 or better.
-
-    Its own are in fp32 always. Source: Vaswani et al., "Attention is all you need", 2017, section 3.5.
-    """
-    precise = timestep.to(torch.promote_types(timestep.dtype, torch.float32))
-    exponents = torch.arange(width // 2, dtype=precise.dtype, device=timestep.device) / (width // 2)
-    angles = precise[:, None] * torch.exp(-math.log(10_000) * exponents)
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class Entry(Stage):

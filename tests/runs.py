@@ -50,17 +50,17 @@ class Command:
         """What it has printed as errors and warnings."""
         return self.err.read_text()
 
-    def ended(self):
+    def ended(self, limit_s=TIME_LIMIT_S):
         """Wait for the end and return the exit code, or minus the number of the signal that killed it."""
-        if not connection.wait([self.process.sentinel], TIME_LIMIT_S):
+        if not connection.wait([self.process.sentinel], limit_s):
             self.process.kill()
-            raise AssertionError(f"still running after {TIME_LIMIT_S} s:\n{self.stdout}\n{self.stderr}")
+            raise AssertionError(f"still running after {limit_s} s:\n{self.stdout}\n{self.stderr}")
         with EXIT_CODES:
             return self.process.exitcode
 
-    def succeeded(self):
+    def succeeded(self, limit_s=TIME_LIMIT_S):
         """Wait for the end, show the output if it is a bad one, and return the command."""
-        assert self.ended() == 0, f"{self.stdout}\n{self.stderr}"
+        assert self.ended(limit_s) == 0, f"{self.stdout}\n{self.stderr}"
         return self
 
     def refused(self):

@@ -20,6 +20,7 @@ from driftmap.launch.cli_shards import shards_make
 from driftmap.launch.evaluation import EvaluationRequest, evaluate_run
 from driftmap.launch.sampling import SamplingRequest, sample_run
 from driftmap.trainer.build import check_inputs, train
+from driftmap.trainer.checkpoint import newest
 from driftmap.trainer.config import ConfigError, read_config
 from driftmap.trainer.encode import Captions, encode
 from driftmap.trainer.recipe import recipe_from
@@ -31,6 +32,7 @@ NARROW = {
     "classifier": ["model.width=8", "model.hidden=8"],
     "teacher": ["model.width=48", "model.depth=1"],
     "flow": [],
+    "text": [],
 }
 COLOURS, GROUPS = ("red", "green", "small", "big"), ("cat", "dog", "and")
 PACKAGES = {
@@ -151,6 +153,16 @@ def test_classifiers_tell_groups_and_styles(latents, size):
 @pytest.mark.parametrize("size, of", [(32, "class"), (32, "style"), (32, "caption"), (64, "caption")])
 def test_each_teacher_becomes_a_flow_map(flow_map, size, of):
     assert json.loads((flow_map(size, of) / "network.json").read_text())["sample_size"] == size // 4
+
+
+def test_one_drawing_is_learned_by_adapters_and_distilled(latents):
+    shards = latents(32)
+    small = ["model.text_width=16", "model.block_out_channels=[32,32]", "model.layers_per_block=1"]
+    stage(32, "text-teacher", *small)
+    stage(32, "text-lora", f"data.shards={shards.folder}")
+    run = stage(32, "text-distil", f"data.shards={shards.folder}")
+    trained = newest(run).weights("ema")
+    assert {name for name in trained if "lora_" not in name} == {"backbone.embed.times.cond_proj.weight"}
 
 
 def test_a_batch_is_labelled_by_what_the_recipe_says(latents):

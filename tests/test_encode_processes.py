@@ -14,6 +14,7 @@ from bad_server import serving
 from driftmap.data.check import check_shards
 from driftmap.data.index import build_index
 from driftmap.data.shards import ShardSet, ShardWriter, index_shards
+from driftmap.trainer.signals import ExitCode
 from runs import driftmap, launched, wait_until
 from small_encoder import bert, write_encoder
 
@@ -119,7 +120,7 @@ def test_a_process_that_dies_is_not_waited_for(made, tmp_path):
     first, second = launched(2, "shards", "encode", pictures, out, *options, logs=tmp_path / "logs")
     wait_until(lambda: whole(out))
     second.process.kill()
-    assert first.ended() == 2, first.stderr
+    assert first.ended() == ExitCode.LOST, first.stderr
     assert "another process has ended" in first.stderr
 
 

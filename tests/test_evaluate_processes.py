@@ -186,7 +186,7 @@ def test_other_features_have_other_references(scene, evaluated, tmp_path):
 def test_answers_about_another_label_are_other_answers(scene):
     shards, device = ShardSet.open(scene / "held-out"), torch.device("cpu")
     judge = Judge(features_named(str(scene / "classifier"), device=device))
-    references = References(judge, Dealer(World(process_group()), 10, []), scene, None, None)
+    references = References(judge, Dealer(World(process_group()), 10), scene, None, None)
     parts = [Part(each, 30) for each in (shards, replace(shards, label="json:style"))]
     assert references.about(parts[0]) != references.about(parts[1])
     assert references.about(parts[0]) == references.about(Part(ShardSet.open(scene / "held-out"), 30))

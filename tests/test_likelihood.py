@@ -17,11 +17,11 @@ from driftmap.data.batch import ordered
 from driftmap.data.making import make_shards
 from driftmap.data.shards import ShardSet
 from driftmap.data.sources import Request, find_source
-from driftmap.launch.likelihood import LikelihoodRequest, parse_solver
+from driftmap.launch.likelihood import LikelihoodRequest
 from driftmap.models.backbones.mlp import MLP
 from driftmap.models.bound import Chain
 from driftmap.models.denoiser import Denoiser
-from driftmap.models.ode_likelihood import Adaptive, FixedSteps
+from driftmap.models.ode_likelihood import Adaptive, FixedSteps, parse_solver
 from driftmap.models.schedule import Cosine
 from driftmap.trainer.build import load_flow_map
 from driftmap.trainer.config import ConfigError
@@ -30,6 +30,7 @@ from driftmap.trainer.measuring import measure
 from driftmap.trainer.objective import Batch
 from driftmap.trainer.rate_distortion import chart, curve
 from driftmap.trainer.seeds import Random
+from driftmap.trainer.unfinished import Unfinished
 from driftmap.trainer.world import World
 from mixture import DATA, exact_mixture
 from oracle import exact
@@ -245,18 +246,19 @@ def test_options_that_do_not_fit_the_run_are_refused(run, tmp_path):
         assert said in refused.refused()
 
 
-def test_the_sums_over_batches_are_those_of_all_samples(batch, denoising):
+def test_the_sums_over_batches_are_those_of_all_samples(batch, denoising, tmp_path):
     nats = Bound(denoising)(batch).nats
     parts = [batch.take(part) for part in torch.arange(len(nats)).split(57)]
     assert len(parts[-1].data) == 1
-    row = measure([Bound(denoising)], parts[::-1], World(Accelerator(cpu=True)), about={})[Bound.key]
+    unfinished = Unfinished(tmp_path / "result", {}, World(Accelerator(cpu=True)))
+    row = measure([Bound(denoising)], lambda done: parts[::-1], unfinished, about={})[Bound.key]
     bits = 3 * math.log(2)
     assert row["num_samples"] == 400 and row["value"] == pytest.approx(nats.mean().item() / bits)
     assert row["standard_error"] == pytest.approx(nats.std().item() / 20 / bits)
 
 
-def test_what_is_not_finite_is_named(batch, denoising):
+def test_what_is_not_finite_is_named(batch, denoising, tmp_path):
     denoising.model.backbone.outputs.bias.fill_(float("nan"))
-    world = World(Accelerator(cpu=True))
+    unfinished = Unfinished(tmp_path / "result", {}, World(Accelerator(cpu=True)))
     with pytest.raises(FloatingPointError, match="bound_bits_per_dim is nan for sample 0 of the data set"):
-        measure([Bound(denoising)], [batch], world, about={})
+        measure([Bound(denoising)], lambda done: [batch], unfinished, about={})

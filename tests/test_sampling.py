@@ -9,7 +9,7 @@ from PIL import Image
 
 from driftmap.data.sources import digits, make_shards
 from driftmap.launch.cli import main
-from driftmap.launch.export import check_export, export
+from driftmap.launch.export import Exported, check_export, export
 from driftmap.launch.sampling import SamplingRequest, sample_run
 from driftmap.trainer.build import train
 from driftmap.trainer.config import ConfigError, read_config
@@ -160,8 +160,8 @@ def called(monkeypatch: pytest.MonkeyPatch, words: list[Any]) -> Any:
 
 
 def test_a_pipeline_goes_along_the_shifted_times(home: Path) -> None:
-    export(home / "student", home / "pipeline", shift=1.5)
-    assert check_export(home / "pipeline", home / "student", shift=1.5) < 1e-5
+    export(home / "student", home / "pipeline", Exported(shift=1.5))
+    assert check_export(home / "pipeline", home / "student", Exported(shift=1.5)) < 1e-5
 
 
 def test_a_denoiser_is_not_exported_as_a_flow_map(home: Path) -> None:

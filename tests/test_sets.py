@@ -166,6 +166,25 @@ def test_point_sets_have_unit_scale_and_a_seed(name):
     assert not np.array_equal(points, SETS[name](4000, 6))
 
 
+@pytest.mark.parametrize("name", SETS)
+def test_the_density_of_a_point_set_sums_to_one_and_is_that_of_its_points(name):
+    """On a grid whose mesh is some of the finest blurs, or divides the squares."""
+    mesh = {"carpet": 3.6 / 81, "moons": 0.1, "spirals": 0.08}.get(name, 0.04)
+    axis = mesh * (np.arange(-round(3.8 / mesh), round(3.8 / mesh) + 1) + 0.5 * (name == "checkerboard"))
+    grid = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2).astype(np.float32)
+    log_density = SETS[name].log_density(grid)
+    density = np.exp(log_density) * mesh**2
+    assert density.sum() == pytest.approx(1, abs=0.02)
+    inside = density > 0
+    found = SETS[name].log_density(SETS[name](4000, 5))
+    assert np.isfinite(found).all()
+    expected = (density[inside] * log_density[inside]).sum() / density.sum()
+    assert found.mean() == pytest.approx(expected, abs=0.05 + 4 * found.std() / 4000**0.5)
+    points, labels = SETS[name].labelled(4000, 5)
+    assert np.array_equal(points, SETS[name](4000, 5))
+    assert set(labels) == set(range(len(SETS[name].parts)))
+
+
 def test_each_point_set_has_its_shape():
     x, y = SETS["checkerboard"](4000, 0).T
     assert np.all((np.floor(x) + np.floor(y)) % 2 == 0)

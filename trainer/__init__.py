@@ -24,24 +24,31 @@ the same folder goes on at the next sample, on any number of processes, under an
     fit.py         whether samples, classes and captions fit the networks
     latents.py     posterior moments become scaled latents
     optim.py       AdamW and its learning rate
-    world.py       the processes and what they tell each other
+    world.py       the processes and what they tell each other; launcher.py: what started them
+    signals.py     what asks them to stop, and how commands end; unfinished.py: what is kept of a measurement
+    heartbeat.py   where each of them is, so that one that hangs is named
     strategy.py    ddp, and what a strategy is; fully_sharded.py: fsdp; zero.py: zero1, zero2, zero3
     compatibility.py   what does not go together
     blocks.py      what is done to every repeated block: recomputing, compiling, attention
     fragment.py    what a process holds of the parameters
     ema.py         running means of fragments; posthoc.py: means of any width afterwards
     target.py      a frozen copy of the network that holds one of them
-    teacher.py     the velocity of a frozen run, guided
+    teacher.py     the velocity of a frozen run, guided; teacher_section.py: what a config says of it
+    fake.py        a second network, of a student's own samples; start.py: from a run that has less inputs
+    pretrained.py  from a diffusers checkpoint, see pretrained_section.py; tuning.py: which weights train;
+                   published.py: a pipeline of ours as a teacher
     pieces.py      fragments as files; checkpoint.py reads and restores them, saver.py writes them
     guard.py       what happens where numbers are no numbers
     hooks.py  log.py  progress.py
-    cost.py        bytes and operations of a recipe
+    cost.py        bytes and operations of a recipe; outline.py: shapes of its network
     evaluate.py    quality against number of evaluations
     agreement.py   how far jumps agree, and the best grids; inversion.py: data to noise and back
     validation.py  evaluation while a run trains; held_out.py: on what, and compared with what
     features.py    the networks that it sees with; judge.py: what it keeps of what it sees
     references.py  the real pictures, measured once; metrics/: the distances
     likelihood.py  bounds and densities of data; measuring.py: over a whole set; rate_distortion.py
+    path_bound.py  of a learned drift, by simulated paths; continuous_bound.py: of a learned process
     report.py      run folders as one HTML page; comparison.py, ..._tables.py: its tables
-    charts.py      lines as inline SVG
+    study.py       what a study asks for; study_page.py: its page; point_pictures.py: points of the plane
+    charts.py      lines as inline SVG; tensor_memory.py: the bytes of a step
 """

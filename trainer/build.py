@@ -15,46 +15,64 @@ from typing import Any
 
 import torch
 import yaml
+from rich.console import Console
 from torch import nn
 
 from ..data.resampled import first_batch
 from ..data.shards import ShardSet, write_atomically
 from ..models.flow_map import FlowMap
+from ..models.pretrained import is_pretrained
 from .batches import batches_of
 from .blocks import set_up_blocks
-from .checkpoint import CheckpointError, load_weights, newest, restore
+from .checkpoint import newest, restore
 from .compatibility import check_compatibility
-from .config import ConfigError, checked, plugin_class, split_name
+from .config import ConfigError, checked
 from .ema import Ema, kinds_of
 from .error_weighting import log_variance_of
+from .fake import fake_of
 from .fit import check_data, check_trajectories
 from .guard import Guard
+from .heartbeat import heartbeat
 from .hooks import show_progress, stop_at_signals, update_ema
 from .latents import Preparation
+from .launcher import launcher
 from .log import Journal
 from .loop import Hook, Run, Task
-from .meaning import flow_of, meaning_after, meaning_of
+from .meaning import kind_of, meaning_after, meaning_of
 from .optim import learning_rate
 from .posthoc import Snapshots
-from .recipe import NETWORKS, DataSection, Recipe, network_kind, recipe_from, resolved
+from .pretrained import (
+    check_latents,
+    check_prediction,
+    learns_jumps,
+    model_of_checkpoint,
+    of_checkpoint,
+    settings_of_checkpoint,
+)
+from .recipe import DataSection, Recipe, recipe_from, resolved
 from .saver import Saver
 from .self_test import check_tangent
+from .start import loaded, make_network, with_inputs
 from .strategy import strategy_of, trainable
 from .tangent import load_forward_rules
 from .target import target_of
+from .tuning import tuned_from_run
 
 # What changes nothing about the weights, or only when training ends.
 MAY_CHANGE = re.compile(
     r"strategy\.|evaluation\.|data\.(cache|workers|max_bad_fraction)|ema\.snapshot_every\."
     r"|training\.(steps|accumulation|save_every|save_in_background|keep|log_every|non_finite|spike_factor"
-    r"|recompute_every|compile|attention)\."
+    r"|recompute_every|compile|attention|hung_after_s)\.|objective\.max_evaluations\."
 )
 
 
 def train(recipe: Recipe, folder: Path) -> Run:
     """Train a recipe in a run folder, going on from its last checkpoint; return the run as it ended."""
     run = build(recipe, folder)
-    with run.batches, stop_at_signals(run) as stop, show_progress(run) as show:
+    found = run.strategy.world.described()
+    if launcher().name is not None and run.strategy.world.rank == 0:
+        Console().print(found, soft_wrap=True)
+    with run.batches, heartbeat(run), stop_at_signals(run) as stop, show_progress(run) as show:
         saver = Saver()
         run.batches.before_stop = lambda: saver.finish(run)
         # A signal in a validation stops the run there. The journal has to know of a stop, and comes before
@@ -83,6 +101,7 @@ def build(recipe: Recipe, folder: Path) -> Run:
     world = strategy.world
     model, network = _model(recipe)
     check_data(model, network, shards)
+    check_latents(recipe.model, shards)
     check_trajectories(recipe.objective, model, shards)
     check_compatibility(recipe, model)
     differentiates = recipe.objective.tangent.startswith("forward")
@@ -92,11 +111,9 @@ def build(recipe: Recipe, folder: Path) -> Run:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     target = target_of(recipe, model, strategy)
     set_up_blocks(model, recipe.training)
-    prepare = Preparation.of(
-        shards.info, seed=recipe.seed, device=world.device, batch_size=recipe.data.batch_size
-    )
+    prepare = Preparation.of_recipe(recipe, shards.info, world.device)
     teacher, teacher_weights = teacher_of(recipe, model, shards, world.device, shard=strategy.shard_frozen)
-    world.first(lambda: _check_recipe(recipe, folder))
+    world.first(lambda: check_recipe(recipe, folder))
     checkpoint = world.first(lambda: newest(folder))
     shapes = {name: tuple(parameter.shape) for name, parameter in trainable(model).items()}
     task = Task(
@@ -143,8 +160,12 @@ def check_inputs(recipe: Recipe) -> None:
     shards = recipe.data.open()
     model, network = _model(recipe)
     check_data(model, network, shards)
+    check_latents(recipe.model, shards)
     check_trajectories(recipe.objective, model, shards)
     check_compatibility(recipe, model)
+    if "from_pretrained" in recipe.model:
+        prepare = Preparation.of_recipe(recipe, shards.info, torch.device("cpu"))
+        check_prediction(model, prepare(first_batch(shards, 4)))
     teacher_of(recipe, model, shards, torch.device("cpu"), shard=None)
     if recipe.evaluation is not None:
         from .held_out import gallery_of, held_out_of
@@ -153,31 +174,16 @@ def check_inputs(recipe: Recipe) -> None:
         gallery_of(recipe, model, shards, held_out, device=torch.device("cpu"))
 
 
-def make_network(settings: dict[str, Any]) -> nn.Module:
-    """Return the model of a network's settings, newly initialised: a flow map, or another kind as it is."""
-    name, arguments = split_name(settings, place="model")
-    means = arguments.pop("means", None)
-    network = plugin_class(NETWORKS, name, place="model")
-    made = network(**arguments)
-    return flow_of(made, means) if network_kind(network) == "flow_map" else made
-
-
 def load_model(folder: Path, *, weights: str = "ema") -> nn.Module:
     """Return the model of a run with the weights of its newest whole checkpoint, ready for evaluation.
 
+    The folder may be a diffusers checkpoint, too, or the id of one.
+
     Raises ConfigError where the folder is no run, CheckpointError where it has no checkpoint yet.
     """
-    return _loaded(make_network(settings_of_run(folder)), folder, weights=weights)
-
-
-def _loaded(model: nn.Module, folder: Path, *, weights: str = "ema") -> nn.Module:
-    """Return a model with the weights of a run, all but those that only its loss was made with."""
-    checkpoint = newest(folder)
-    if checkpoint is None:
-        raise CheckpointError(f"{folder} has no checkpoint yet; train it first")
-    saved = checkpoint.weights(weights).items()
-    kept = {name: value for name, value in saved if not name.startswith("log_variance.")}
-    load_weights(model, kept, source=checkpoint.folder)
+    if is_pretrained(folder):
+        return model_of_checkpoint(folder, make_network)
+    model = loaded(make_network(settings_of_run(folder)), folder, weights=weights)
     return model.eval().requires_grad_(False)
 
 
@@ -192,7 +198,9 @@ def load_flow_map(folder: Path) -> FlowMap:
 
 
 def run_recipe(folder: Path) -> dict[str, Any]:
-    """Return the resolved settings that a run was trained with."""
+    """Return the resolved settings that a run was trained with; a diffusers checkpoint says nothing of it."""
+    if is_pretrained(folder):
+        return {"data": {}}
     return yaml.safe_load(_text_of_run(folder, "recipe.yaml"))
 
 
@@ -202,7 +210,9 @@ def shards_of_run(folder: Path) -> ShardSet:
 
 
 def settings_of_run(folder: Path) -> dict[str, Any]:
-    """Return the settings of a run's network."""
+    """Return the settings of a run's network, or of a diffusers checkpoint's."""
+    if is_pretrained(folder):
+        return settings_of_checkpoint(folder)
     return json.loads(_text_of_run(folder, "network.json"))
 
 
@@ -218,22 +228,38 @@ def _text_of_run(folder: Path, name: str) -> str:
 
 def _model(recipe: Recipe) -> tuple[nn.Module, dict[str, Any]]:
     """Return the model to train, with what its loss needs of it, and its network's settings."""
+    model: Any
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        if "from_run" in recipe.model:
+        if "from_pretrained" in recipe.model:
+            model, network = of_checkpoint(recipe, make_network)
+        elif "from_run" in recipe.model:
             source = Path(recipe.model["from_run"])
-            network = settings_of_run(source)
-            network["means"] = meaning_after(network.get("means"), recipe.objective, source=source)
-            model = _loaded(make_network(network), source).train().requires_grad_(True)
+            added = {key: value for key, value in recipe.model.items() if key != "from_run"}
+            tuned = {key: added.pop(key) for key in ("lora", "train") if key in added}
+            if learns_jumps(recipe.objective) and "two_times" in settings_of_run(source):
+                added["two_times"] = True
+            network = with_inputs(settings_of_run(source), added, source=source)
+            was = network.get("means")
+            network["means"] = meaning_after(was, recipe.objective, source=source)
+            model = make_network(network)
+            if kind_of(was) == kind_of(network["means"]):
+                loaded(model, source, grow=bool(added))
+            else:
+                model.start_from(load_flow_map(source))
+            if tuned:
+                network["source"] = tuned_from_run(model.backbone, network, source, tuned)
+            model.train()
         else:
             network = {**recipe.model, "means": meaning_of(recipe.objective)}
             model = make_network(network)
         if isinstance(model, FlowMap):
+            model.fake = fake_of(recipe.objective, model)
             model.log_variance = log_variance_of(recipe.objective)
     return model, network
 
 
-def _check_recipe(recipe: Recipe, folder: Path) -> None:
+def check_recipe(recipe: Recipe, folder: Path) -> None:
     """Raise ConfigError where a folder holds a run of another recipe."""
     file = folder / "recipe.yaml"
     if file.exists():

@@ -63,6 +63,17 @@ def buffers_of(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, value) for name, value in model.state_dict().items() if name not in parameters]
 
 
+def buffers_in(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers of a model that a checkpoint has."""
+    saved = Pieces(checkpoint.folder, "model")
+    return {name: saved.read(name) for name, _ in buffers_of(model) if name in saved.shapes}
+
+
+def frozen_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters of a model that do not train, by name."""
+    return {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+
+
 def restore(run: Run, checkpoint: Checkpoint) -> None:
     """Bring a run to a checkpoint; its loader has been started at the checkpoint's position already."""
     state = checkpoint.state
@@ -91,6 +102,8 @@ def restore_weights(run: Run, checkpoint: Checkpoint) -> None:
         buffer.copy_(kinds["model"].read(name))
     run.ema.num_updates = checkpoint.state["ema_updates"]
     run.strategy.num_updates = checkpoint.state["optimizer_updates"]
+    if run.strategy.fake_updates is not None:
+        run.strategy.fake_updates = checkpoint.state["fake_updates"]
     run.strategy.scale = checkpoint.state["loss_scale"]
     run.strategy.refresh()
     follow(run)

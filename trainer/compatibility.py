@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..models.flow_map import FlowMap
 from ..models.layers import Stage, innermost_stages
 from .blocks import attentions, blocks
 from .config import ConfigError
@@ -24,8 +25,10 @@ def check_compatibility(recipe: Recipe, model: nn.Module) -> None:
     """Raise ConfigError with a line for every combination of settings that does not work."""
     problems = [
         *_of_derivatives(recipe, model),
+        *_of_second_derivatives(recipe),
         *_of_differences(recipe, model),
         *_of_strategies(recipe),
+        *_of_guidance(recipe, model),
         *_without_effect(recipe, model),
     ]
     if problems:
@@ -65,6 +68,22 @@ def _of_derivatives(recipe: Recipe, model: nn.Module) -> Iterator[str]:
         )
 
 
+def _of_second_derivatives(recipe: Recipe) -> Iterator[str]:
+    """Yield what a divergence that is trained cannot go through."""
+    if not getattr(recipe.objective, "differentiates_twice", False):
+        return
+    name = f"objective {objective_name(recipe.objective)!r} (a trained divergence)"
+    if recipe.strategy.name in ("fsdp", "zero3"):
+        yield (
+            f"strategy.name: {recipe.strategy.name} has let go of the parameters where {name} is "
+            "differentiated again; use ddp or zero2"
+        )
+    if recipe.training.compile:
+        yield f"training.compile: inductor cannot compile the gradient of {name}; set it to false"
+    if recipe.training.attention in ("xformers", "jvp_flash"):
+        yield f"training.attention: only math has the second derivative that {name} needs; use sdpa or math"
+
+
 def _of_differences(recipe: Recipe, model: nn.Module) -> Iterator[str]:
     """Yield what the steps of tangent.py are too long for."""
     objective: Any = recipe.objective
@@ -81,6 +100,11 @@ def _of_strategies(recipe: Recipe) -> Iterator[str]:
     strategy, training = recipe.strategy, recipe.training
     if isinstance(strategy, Zero) and training.precision == "fp16":
         yield f"training.precision: {strategy.name} would train without loss scaling in fp16; use bf16"
+    if isinstance(strategy, Zero) and getattr(recipe.objective, "fake_network", False):
+        yield (
+            f"objective.fake_network: {strategy.name} has one optimizer, which moves all weights in every "
+            "step; use strategy ddp or fsdp, or set it to false"
+        )
     if strategy.name == "zero3" and recipe.ema.target is not None:
         yield (
             "ema.target: under zero3 no process has the parameters that a target network is copied from; use "
@@ -90,6 +114,22 @@ def _of_strategies(recipe: Recipe) -> Iterator[str]:
         return
     if training.channels_last:
         yield f"training.channels_last: {strategy.name} lays parameters out flat; set it to false, or use ddp"
+
+
+def _of_guidance(recipe: Recipe, model: nn.Module) -> Iterator[str]:
+    """Yield where the scales that are drawn and the input for them are not both there."""
+    takes = isinstance(model, FlowMap) and model.takes_guidance
+    drawn = recipe.teacher is not None and recipe.teacher.drawn is not None
+    if drawn and not takes:
+        yield (
+            "teacher.guidance: a scale that is drawn for each sample has to be told to the network; set "
+            "model.guidance_input to true (networks dit and unet), or give one scale"
+        )
+    if takes and not drawn:
+        yield (
+            "model.guidance_input: the network takes a scale of guidance, and none is drawn; set "
+            "teacher.guidance to a range, such as {uniform: [1, 4]}"
+        )
 
 
 def _without_effect(recipe: Recipe, model: nn.Module) -> Iterator[str]:

@@ -96,16 +96,16 @@ def _on_preset(settings: dict[str, Any]) -> dict[str, Any]:
             f"objective.name: {objective['name']!r}, but the preset {name!r} is of the objective {rule!r}; "
             "remove the config's objective, or preset"
         )
-    return _merged(below, own)
+    return merged(below, own)
 
 
-def _merged(below: Any, above: Any) -> Any:
+def merged(below: Any, above: Any) -> Any:
     """Return settings key by key, `above` where both have one; a thing of another name is another thing."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
     if "name" in above and above["name"] != below.get("name"):
         return above
-    return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
+    return {**below, **{key: merged(below.get(key), value) for key, value in above.items()}}
 
 
 def _apply(settings: dict[str, Any], override: str) -> None:

@@ -42,6 +42,7 @@ from .ema import kinds_of
 from .error_weighting import log_variance_of
 from .guiding import guided
 from .objective import Batch, States
+from .outline import network_of, network_settings
 from .recipe import Ddp, Fsdp, Recipe, Zero
 from .seeds import Random
 from .strategy import trainable
@@ -79,17 +80,6 @@ class Held:
     def total(self) -> int:
         """All bytes on the GPU."""
         return sum(vars(self).values()) - self.on_cpu
-
-
-def network_of(model: dict[str, Any]) -> nn.Module:
-    """Return the network of a `model` section on the meta device: shapes without values."""
-    with torch.device("meta"):
-        return make_network(network_settings(model))
-
-
-def network_settings(model: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a network, those of its run for `from_run`."""
-    return settings_of_run(Path(model["from_run"])) if "from_run" in model else model
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -181,7 +171,7 @@ class Evaluation(NamedTuple):
 class _Notes(nn.Module):
     """A backbone that only notes how it is called; its output depends on all that it is given."""
 
-    def __init__(self, network: FlowMap, calls: Counter[Evaluation], run: Path | None = None) -> None:
+    def __init__(self, network: Any, calls: Counter[Evaluation], run: Path | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()), requires_grad=run is None)
         self.sample_shape = network.sample_shape
@@ -204,10 +194,11 @@ def evaluations(recipe: Recipe) -> dict[Evaluation, float]:
     section = recipe.teacher
     if section is not None:
         notes, weak = (
-            run and FlowMap(_Notes(_flow_map(run), calls, run)) for run in (section.run, section.weak)
+            run and FlowMap(_Notes(network_of({"from_run": run}), calls, run))
+            for run in (section.run, section.weak)
         )
         assert notes is not None
-        teacher = guided(notes, section.guidance, interval=section.guidance_interval, weak=weak)
+        teacher = guided(notes, section.scale, interval=section.guidance_interval, weak=weak)
     shape = [1 for _ in network.sample_shape]
     batch = Batch(
         torch.zeros(PROBED_SAMPLES, *shape),
@@ -219,13 +210,6 @@ def evaluations(recipe: Recipe) -> dict[Evaluation, float]:
     student.log_variance = log_variance_of(recipe.objective)
     recipe.objective(student, batch, teacher)
     return {evaluation: count / PROBED_SAMPLES for evaluation, count in calls.items() if count}
-
-
-def _flow_map(run: Path) -> FlowMap:
-    """Return the network of a run of a generative objective, on the meta device."""
-    network = network_of({"from_run": run})
-    assert isinstance(network, FlowMap)
-    return network
 
 
 def flops(recipe: Recipe) -> float:
@@ -247,17 +231,25 @@ def flops(recipe: Recipe) -> float:
 
 def losses(recipe: Recipe) -> Iterator[tuple[float, Made, Callable[[nn.Module], Loss]]]:
     """Yield what a sample goes through: how often, a network to make, and the loss made of it."""
-    settings = network_settings(recipe.model)
-    if not isinstance(network_of(settings), FlowMap):
-        first = next(ordered(recipe.data.open(), 1))
-        shape = tuple(first["mean" if "mean" in first else "data"].shape[1:])
+    # An objective with a meaning has a model of its own kind, which it asks for more than a velocity.
+    meaning = getattr(recipe.objective, "meaning", None)
+    settings = network_settings(recipe.model) | ({"means": meaning()} if meaning else {})
+    shape = _shape(settings, recipe)
+    if meaning or not isinstance(network_of(settings), FlowMap):
         yield 1.0, _made(settings, shape), partial(_whole_loss, recipe, shape)
         return
     for evaluation, share in evaluations(recipe).items():
         network = settings if evaluation.run is None else settings_of_run(evaluation.run)
-        model = network_of(network)
-        assert isinstance(model, FlowMap)
-        yield share, _made(network, model.sample_shape), partial(_evaluation_loss, evaluation)
+        yield share, _made(network, _shape(network, recipe)), partial(_evaluation_loss, evaluation)
+
+
+def _shape(settings: dict[str, Any], recipe: Recipe) -> tuple[int, ...]:
+    """Return the shape of a sample that a network takes, or that the data have where it takes any."""
+    model = network_of(settings)
+    if isinstance(model, FlowMap):
+        return model.sample_shape
+    first = next(ordered(recipe.data.open(), 1))
+    return tuple(first["mean" if "mean" in first else "data"].shape[1:])
 
 
 @contextmanager
@@ -286,8 +278,9 @@ def _whole_loss(recipe: Recipe, shape: tuple[int, ...], model: nn.Module) -> Los
     """Return the objective's loss, for samples of a shape."""
 
     def loss(batch: int) -> Tensor:
-        random = Random(recipe.seed, torch.arange(batch))
-        samples = Batch(torch.zeros(batch, *shape), torch.zeros(batch, dtype=torch.long), random)
+        labels = torch.zeros(batch, dtype=torch.long)
+        condition = model.any_condition(batch) if isinstance(model, FlowMap) else labels
+        samples = Batch(torch.zeros(batch, *shape), condition, Random(recipe.seed, torch.arange(batch)))
         return recipe.objective(model, samples)["loss"]
 
     return loss

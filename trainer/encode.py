@@ -6,8 +6,6 @@ A set of either says in its card which weights made it, and nothing is done with
 import hashlib
 import json
 import math
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,15 +20,18 @@ from torch import Tensor, nn
 
 from ..data.decode import Decoder, Pixels, decode_batch, find_decoder, floats
 from ..data.encode import encode_shards
-from ..data.encoders import CaptionEncoder, Encoding, PictureEncoder
+from ..data.encoders import CaptionEncoder, Encoding, PictureEncoder, SizedCaptionEncoder
 from ..data.reader import Reader
 from ..data.shards import ShardSet
 from ..data.text import CaptionPlace
-from ..models.autoencoder import encode_moments
+from ..models.autoencoder import encode_moments, scale_and_shift
+from ..models.prompt_encoder import PromptEncoder
+from ..models.stock_autoencoder import is_stock_autoencoder, load_stock_autoencoder
 from ..models.text_encoder import TextEncoder, load_text_encoder
 from .build import load_model
 from .checkpoint import fingerprint
 from .config import ConfigError
+from .signals import asked_to_stop
 from .strategy import process_group
 from .world import World
 
@@ -99,7 +100,11 @@ def _of_pictures(source: ShardSet, run: Path, device: torch.device) -> Encoding:
         return encode_moments(model, pictures.to(device))
 
     def describe() -> dict[str, Any]:
-        return {"latents": latent_statistics(moments, source, decoder) | {"autoencoder": str(run)}}
+        latents = latent_statistics(moments, source, decoder) | {"autoencoder": str(run)}
+        if is_stock_autoencoder(run):  # networks that go with it know its own scale
+            scale, shift = scale_and_shift(model)
+            latents |= {"scaling_factor": scale, "shift_factor": shift}
+        return {"latents": latents}
 
     return Encoding(PictureEncoder(moments, decoder), {"encoder": weights}, describe)
 
@@ -114,14 +119,18 @@ def _of_captions(source: ShardSet, captions: Captions, device: torch.device) -> 
     def describe() -> dict[str, Any]:
         return {"text": {**text, "name": encoder.name, "width": encoder.width}}
 
+    if isinstance(encoder, PromptEncoder) and encoder.added:
+        return Encoding(SizedCaptionEncoder(encoder, place, encoder.size), {"text": text}, describe)
     return Encoding(CaptionEncoder(encoder, place), {"text": text}, describe)
 
 
 @contextmanager
 def sharing_work() -> Iterator[World]:
-    """Yield the processes that share a long work; SIGTERM ends it as Ctrl-C does."""
-    with _ended_by_signals():
-        yield World(process_group(timeout=_LONGEST_WAIT))
+    """Yield the processes that share a long work, which end it together where one is asked to stop."""
+    with asked_to_stop() as stop:
+        world = World(process_group(timeout=_LONGEST_WAIT))
+        world.stop = stop
+        yield world
 
 
 def agree(world: World, encodings: list[Encoding]) -> None:
@@ -133,22 +142,6 @@ def agree(world: World, encodings: list[Encoding]) -> None:
                 f"process {world.rank} encodes by {about}, but process {rank} by {other}; "
                 "give a folder that all nodes see"
             )
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM do what Ctrl-C does, so that what is half written goes away; in the main thread alone.
-
-    Ctrl-C does it too where a shell started the command with that signal ignored.
-    """
-    main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
-    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def latent_statistics(
@@ -180,7 +173,9 @@ def _by_channel(values: Tensor) -> Tensor:
 
 
 def load_autoencoder(run: Path) -> AutoencoderKL:
-    """Return the autoencoder of a run, ready for evaluation."""
+    """Return the autoencoder of a run, or of a diffusers folder or id, ready for evaluation."""
+    if is_stock_autoencoder(run):
+        return load_stock_autoencoder(run)
     model = load_model(run)
     if not isinstance(model, AutoencoderKL):
         raise ConfigError(f"{run} is no run of an autoencoder; give the folder of one")
@@ -210,13 +205,13 @@ def autoencoder_of(latents: ShardSet, run: Path | None = None) -> AutoencoderKL:
     return model
 
 
-def text_fingerprint(encoder: TextEncoder) -> str:
+def text_fingerprint(encoder: TextEncoder | PromptEncoder) -> str:
     """Return a hash of a text encoder's weights and vocabulary."""
     vocabulary = json.dumps(encoder.vocabulary, sort_keys=True)
     return hashlib.sha256(f"{fingerprint(encoder.model)} {vocabulary}".encode()).hexdigest()[:16]
 
 
-def text_encoder_of(shards: ShardSet, place: str | None = None) -> TextEncoder:
+def text_encoder_of(shards: ShardSet, place: str | None = None) -> TextEncoder | PromptEncoder:
     """Return the text encoder that made the embeddings of a shard set, from where it was or from `place`.
 
     Raises ConfigError if its weights or its vocabulary are not the ones that encoded the set.

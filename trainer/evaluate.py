@@ -33,6 +33,7 @@ from .metrics.frechet import frechet_distance
 from .metrics.neighbours import NEIGHBOURS
 from .references import Part, References, key_of, reconstruct
 from .seeds import Random
+from .unfinished import Unfinished
 from .world import World
 
 Sampler = Callable[[Tensor, Condition | None], Tensor]  # (noise, condition) -> latents
@@ -72,6 +73,18 @@ class Row:
     squares: float = 0.0  # of the distances to the end points of the first row
     seconds: float = 0.0
     shown: Tensor | None = None  # the first pictures, on the process that made them
+
+    def state(self) -> dict[str, Any]:
+        """Return what was measured so far."""
+        told = {"squares": self.squares, "seconds": self.seconds, "shown": self.shown}
+        return told | {"meter": self.meter.state()}
+
+    def add(self, state: dict[str, Any]) -> None:
+        """Add what another process had measured."""
+        self.meter.add(state["meter"])
+        self.squares += state["squares"]
+        self.seconds += state["seconds"]
+        self.shown = state["shown"] if self.shown is None else self.shown
 
 
 def samplers(
@@ -119,7 +132,7 @@ def _bound(
 
 
 def evaluate(
-    subject: Subject, references: References, *, held_out: Part, training: Part
+    subject: Subject, references: References, *, held_out: Part, training: Part, unfinished: Unfinished
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the evaluation as JSON-ready values, and the first pictures of every row by its name.
 
@@ -138,7 +151,13 @@ def evaluate(
         device=world.device,
     )
     rows = [Row(*each, Meter(judge, subject.num_samples)) for each in named]
-    for numbers in references.dealer(subject.num_samples):
+
+    def take(states: list[dict[str, Any]]) -> None:
+        for row, state in zip(rows, states, strict=True):
+            row.add(state)
+
+    dealt = partial(references.dealer, subject.num_samples)
+    for numbers in unfinished.resumed(dealt, take=take, state=lambda: [row.state() for row in rows]):
         _sample(subject, references, held_out, numbers, rows)
     floor = {"self": other} | ({"reconstruction": restored} if restored else {})
     table = _table(subject, rows, real, floor, world)

@@ -56,11 +56,13 @@ class AgreedBatches:
         are bad than may be.
         """
         batch, problem = {}, None
+        self._world.enter("reading a batch")
         try:
             batch = next(self._batches)
         except Exception as error:
             problem = self._explained(error)
         met = self._quarantine.take(self._batches.position)
+        self._world.enter("computing")
         if self._world.any(problem is not None or bool(met)):
             self._settle(met, problem)
         return batch

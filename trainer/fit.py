@@ -47,7 +47,7 @@ def _check_shapes(model: nn.Module, network: dict[str, Any], shards: ShardSet, n
     channels = network.get("in_channels", network.get("channels"))
     for batch, sample in _examples(shards):
         shape = tuple(batch["mean" if "mean" in batch else "data"].shape[1:])
-        if isinstance(model, FlowMap):
+        if hasattr(model, "sample_shape"):
             fits, expected = shape == model.sample_shape, model.sample_shape
         else:
             fits, expected = (

@@ -79,9 +79,13 @@ def gallery_of(
             "compare; remove it, the held-out loss stays"
         )
     try:
-        guided(model, section.guidance)
+        cost = getattr(guided(model, section.guidance), "evaluations", 1)
     except ConfigError as error:
         raise ConfigError(f"evaluation.guidance: {error}") from error
+    if odd := [nfe for nfe in section.nfe if nfe % cost]:
+        raise ConfigError(
+            f"evaluation: nfe {odd[0]} is odd, but each step of guided samples takes 2 evaluations"
+        )
     label = CLASS if shards.label == CAPTION else shards.label  # a caption tells the class, too
     asked = Part(held_out.shards.labelled_by(label), held_out.size)
     pictures = Part(_pictures_of(section, shards, held_out).labelled_by(label), held_out.size)

@@ -1,15 +1,13 @@
 """Hooks: callables `(run, losses)`, called in order after every micro step; each decides if it is due."""
 
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 from torch import Tensor
 
 from .loop import Hook, Run
 from .progress import progress
+from .signals import asked_to_stop
 from .target import follow
 
 
@@ -21,38 +19,13 @@ def update_ema(run: Run, losses: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def signals_received() -> Iterator[list[int]]:
-    """Yield a list that grows by SIGINT or SIGTERM instead of what these signals would do.
-
-    A second signal interrupts at once, also where a shell started the run with signals ignored. Outside the
-    main thread, where Python allows no handlers, signals do what they did before.
-    """
-    received: list[int] = []
-    main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
-    before = {number: signal.getsignal(number) for number in numbers}
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, signal.default_int_handler)
-
-    for number in before:
-        signal.signal(number, remember)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
 def stop_at_signals(run: Run) -> Iterator[Hook]:
     """Yield a hook that ends the run after the step in which a signal to stop came to any process."""
-    with signals_received() as run.signals:
+    with asked_to_stop() as run.strategy.world.stop:
 
         def agree(run: Run, losses: dict[str, Tensor]) -> None:
             if run.strategy.stepped:
-                run.stop_asked = run.strategy.world.any(bool(run.signals))
+                run.stop_asked = run.strategy.world.stopping()
 
         yield agree
 

@@ -9,6 +9,7 @@ import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -115,6 +116,18 @@ class Meter:
         self._rows.append((numbers[kept], features[torch.from_numpy(kept)].float().cpu()))
         for place, answer in enumerate(self.judge.answers(pictures, prompts)):
             self._sums[place] += answer.double().sum().cpu()
+
+    def state(self) -> dict[str, Any]:
+        """Return what this process saw so far, to be added to another meter."""
+        moments, rows = self.moments, [(torch.from_numpy(numbers), points) for numbers, points in self._rows]
+        kept = {"count": moments.count, "mean": moments.mean, "scatter": moments.scatter}
+        return kept | {"rows": rows, "sums": self._sums}
+
+    def add(self, state: dict[str, Any]) -> None:
+        """Add what another meter saw."""
+        self.moments.add(Moments(state["count"], state["mean"], state["scatter"]))
+        self._rows += [(numbers.numpy(), points) for numbers, points in state["rows"]]
+        self._sums += state["sums"]
 
     def seen(self, world: World) -> Seen:
         """Return what all processes saw, the same to each; every process must call."""

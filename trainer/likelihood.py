@@ -3,6 +3,7 @@
     bound_bits_per_dim      the variational bound of the discrete chain, term by term (models/bound.py)
     iw_bound_bits_per_dim   the importance-weighted bound of the same chain, from K paths a sample
     ode_bits_per_dim        the density of the probability-flow ODE (models/ode_likelihood.py)
+    exact_bits_per_dim      the density of a discrete flow (models/backbones/coupling_flow.py)
 
 The first two bound one model, the third is another model: a number never leaves its key. Noise, steps and
 probes are keyed by a sample's place in the data set.
@@ -23,6 +24,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..models.backbones.coupling_flow import CouplingFlow
 from ..models.bound import Chain, Decoder, Variance, importance_weighted, log_weight
 from ..models.condition import Condition
 from ..models.denoiser import Denoiser
@@ -35,6 +37,8 @@ from .objective import Batch
 from .seeds import Random
 
 PIXEL_SCALE = 127.5  # data = u / 127.5 - 1
+UNIFORM = "uniform: data (u + v - 1/2) / 127.5 - 1, one v of [0, 1) a dimension; + log2(127.5) bits"
+EXACT_DIMENSIONS = 16  # up to which the divergence is usually an exact trace
 Probe = Literal["exact", "rademacher", "gaussian"]
 
 
@@ -169,7 +173,6 @@ class FlowLikelihood:
 
     def settings(self) -> dict[str, Any]:
         """Return what a reader must know."""
-        uniform = "uniform: data (u + v - 1/2) / 127.5 - 1, one v of [0, 1) a dimension; + log2(127.5) bits"
         probes = "exact trace" if self.probe == "exact" else f"one {self.probe} probe a solve"
         return {
             "K": 1,
@@ -177,20 +180,19 @@ class FlowLikelihood:
             "solver": dict(vars(self.solver)),
             "divergence": probes,
             "interval": list(self.interval),
-            "dequantisation": uniform if self.pixels else "none: the data are continuous",
+            "dequantisation": UNIFORM if self.pixels else "none: the data are continuous",
         }
 
     def __call__(self, batch: Batch) -> Estimate:
         """Return the negative log-likelihood of each sample."""
-        data, shape = batch.data, tuple(batch.data.shape[1:])
+        data = batch.data
         if self.pixels:
-            shift = batch.random.uniform("dequantisation", shape).to(data.dtype) - 0.5
-            data = data + shift / PIXEL_SCALE
+            data = dequantised(batch)
         found, evaluations = log_density(
             self.velocity,
             data,
             condition=batch.condition,
-            probe=self._probe(batch.random, shape),
+            probe=probe_of(self.probe, batch),
             solver=self.solver,
             interval=self.interval,
         )
@@ -204,12 +206,44 @@ class FlowLikelihood:
                 )
         return Estimate(nats, evaluations, {})
 
-    def _probe(self, random: Random, shape: tuple[int, ...]) -> Tensor | None:
-        if self.probe == "exact":
-            return None
-        if self.probe == "gaussian":
-            return random.normal("probe", shape)
-        return torch.where(random.uniform("probe", shape) < 0.5, -1.0, 1.0)
+
+@dataclass(frozen=True, eq=False)
+class ExactDensity:
+    """Minus the log-density of a discrete flow."""
+
+    model: CouplingFlow
+    key: ClassVar[str] = "exact_bits_per_dim"
+
+    def settings(self) -> dict[str, Any]:
+        """Return what a reader must know."""
+        return {"K": 1, "N": None, "dequantisation": "none: the data are continuous"}
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Estimate:
+        """Return the negative log-likelihood of each sample."""
+        assert batch.condition is None or isinstance(batch.condition, Tensor)
+        return Estimate(-self.model.log_density(batch.data, batch.condition), 1, {})
+
+
+def usual_probe(shape: tuple[int, ...]) -> Probe:
+    """Return what the divergence is found by where nobody says: an exact trace of a few dimensions."""
+    return "exact" if math.prod(shape) <= EXACT_DIMENSIONS else "rademacher"
+
+
+def probe_of(kind: Probe, batch: Batch) -> Tensor | None:
+    """Return the probes (B, ...) of a batch's solve, None for an exact trace."""
+    shape = tuple(batch.data.shape[1:])
+    if kind == "exact":
+        return None
+    if kind == "gaussian":
+        return batch.random.normal("probe", shape)
+    return torch.where(batch.random.uniform("probe", shape) < 0.5, -1.0, 1.0)
+
+
+def dequantised(batch: Batch) -> Tensor:
+    """Return pixels (B, ...) with uniform noise that fills the gaps between their 256 values."""
+    shift = batch.random.uniform("dequantisation", tuple(batch.data.shape[1:])).to(batch.data.dtype) - 0.5
+    return batch.data + shift / PIXEL_SCALE
 
 
 def data_mean(model: FlowMap, x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:

@@ -10,6 +10,7 @@ MEASURES = {
     "bound_bits_per_dim": "Variational bound",
     "iw_bound_bits_per_dim": "Importance-weighted bound",
     "ode_bits_per_dim": "Density of the flow",
+    "exact_bits_per_dim": "Density of the discrete flow",
 }
 
 

@@ -72,14 +72,19 @@ class Run:
     hooks: list[Hook] = field(default_factory=list)
     step: int = 0
     stop_asked: bool = False
+    evaluated: bool = True  # as far as it is due; no where that was stopped
     evaluated_s: float = 0.0  # spent on evaluations, which rates leave out
-    signals: list[int] = field(default_factory=list)  # to stop, that have come to this process
     latest: dict[str, float] = field(default_factory=dict)  # the last logged values
 
     @property
     def finished(self) -> bool:
         """Whether the last step of the recipe is done."""
         return self.step >= self.recipe.training.steps
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do: the last step is done, and evaluated where that was asked for."""
+        return self.finished and self.evaluated
 
     @property
     def save_due(self) -> bool:

@@ -5,7 +5,7 @@ that not even rounding depends on how many processes there are.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .objective import Batch
-from .world import World
+from .signals import Stopped
+from .unfinished import Unfinished
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,33 @@ class Measure(Protocol):
 
 
 def measure(
-    measures: list[Measure], batches: Iterable[Batch], world: World, *, about: dict[str, Any]
+    measures: list[Measure],
+    batches: Callable[[Container[int]], Iterable[Batch]],
+    unfinished: Unfinished,
+    *,
+    about: dict[str, Any],
 ) -> dict[str, Any]:
     """Return every measure of a data set under its key, JSON-ready; every process must call.
 
-    `batches` are this process's whole batches, in order; `about` is noted beside every number.
+    `batches` gives this process's whole batches, in order, but those that begin with samples given to it;
+    `about` is noted beside every number. Raises Stopped where a process was asked to stop, and keeps what all
+    have done.
     """
-    found: list[tuple[int, dict[str, dict[str, Tensor]]]] = []
+    world = unfinished.world
+    kept = [each for part in unfinished.read() for each in part]
+    found: list[tuple[int, dict[str, dict[str, Tensor]]]] = kept if world.rank == 0 else []
 
     def here() -> None:
-        for batch in batches:
+        for batch in batches({place for place, _ in kept}):
             sums = {one.key: _sums(one.key, one(batch), batch) for one in measures}
             found.append((int(batch.random.index[0]), sums))
+            world.raise_if_stopped()
 
-    world.together(here)
+    try:
+        world.together(here)
+    except Stopped:
+        unfinished.keep(found, f"{sum(world.gathered(len(found)))} batches")
+        raise
     by_place = sorted((each for part in world.gathered(found) for each in part), key=lambda each: each[0])
     return {
         one.key: _row([sums[one.key] for _, sums in by_place]) | one.settings() | about for one in measures

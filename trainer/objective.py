@@ -12,6 +12,7 @@ A new objective is a new file in objectives/; the file's name in CamelCase is it
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -19,15 +20,17 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from ..models.condition import Condition, Nothing, silenced, take
-from ..models.flow_map import FlowMap, Velocity
+from ..models.flow_map import FlowMap, Process, Velocity
 from ..models.guidance import SelfGuided
-from ..models.path import Linear, Path, Trig
+from ..models.path import Linear, LogLinear, Path, Trig
 from ..models.schedule import Cosine, LinearBetas, ScaledLinearBetas
 from .seeds import Random
 
 STRICT = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 Tangent = Literal["none", "finite_difference", "forward", "forward_with_gradient"]
-Paths = Annotated[Linear | Trig | LinearBetas | ScaledLinearBetas | Cosine, Field(discriminator="name")]
+Paths = Annotated[
+    Linear | Trig | LogLinear | LinearBetas | ScaledLinearBetas | Cosine, Field(discriminator="name")
+]
 
 
 class States(NamedTuple):
@@ -42,6 +45,7 @@ class Batch:
     """Samples on the model's device: `data` (B, ...), their classes or captions, their randomness.
 
     `batch_size` is that of an optimizer step, over all processes; None: these samples are the first step.
+    `process` is that of a teacher whose states are no path's.
     """
 
     data: Tensor
@@ -49,6 +53,7 @@ class Batch:
     random: Random
     batch_size: int | None = None
     states: States | None = None  # of the shards that `driftmap trajectories` writes
+    process: Process | None = None
 
     @property
     def step(self) -> Tensor:
@@ -64,6 +69,18 @@ class Batch:
     def noise(self) -> Tensor:
         """Return the noise (B, ...) that belongs to the data."""
         return self.random.normal("noise", tuple(self.data.shape[1:])).to(self.data.dtype)
+
+    def of_teacher(self, teacher: Velocity | None) -> "Batch":
+        """Return the batch whose states are those of a teacher's own process, if it has one."""
+        return replace(self, process=teacher) if isinstance(teacher, Process) else self
+
+    def state(self, path: Path, t: Tensor) -> Tensor:
+        """Return x_t (B, ...) of the data: on the path, or in the process of the teacher."""
+        if self.process is None:
+            return path.state(self.data, self.noise(), t)
+        draw = partial(self.random.normal, shape=tuple(self.data.shape[1:]))
+        with torch.no_grad():
+            return self.process.state(self.data, t, draw=draw, condition=self.condition)
 
     def with_condition_dropped(self, share: float, *, null: Nothing | None) -> "Batch":
         """Return the batch with a share of its conditions replaced by the one that says nothing."""
@@ -111,10 +128,14 @@ def path_velocity(path: Path, batch: Batch, t: Tensor, teacher: Velocity | None)
     The conditional velocity is legal here, at the conditioning point, and only here: its mean given x_t is
     the marginal velocity. The network may guide it. Source: Lipman et al., "Flow matching", 2023, theorem 2.
     """
-    noise = batch.noise()
-    x = path.state(batch.data, noise, t)
+    x = batch.state(path, t)
     if teacher is None or isinstance(teacher, SelfGuided):
-        velocity = path.velocity(batch.data, noise, t)
+        if batch.process is not None:
+            raise ValueError(
+                "velocity: conditional is that of data on a path, and this teacher has a process of its own; "
+                "set velocity to teacher or self"
+            )
+        velocity = path.velocity(batch.data, batch.noise(), t)
         return x, velocity if teacher is None else teacher.guided(velocity, x, t, batch.condition)
     with torch.no_grad():
         return x, teacher.velocity(x, t, batch.condition)

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from .fake import players
 from .fragment import MOMENTS
 from .recipe import OptimizerSection
 
@@ -22,11 +23,19 @@ def learning_rate(section: OptimizerSection, step: int, *, num_steps: int) -> fl
 
 
 def adamw(section: OptimizerSection, model: nn.Module) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters; matrices decay, vectors (biases, norms) do not."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Return AdamW over the trainable parameters; matrices decay, vectors (biases, norms) do not.
+
+    `factor` of a group multiplies the learning rate.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    factors = (1.0, (section.fake_lr or section.lr) / section.lr)
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": section.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": params, "weight_decay": decay, "factor": factor}
+        for parameters, factor in zip(players(trained), factors, strict=False)
+        for params, decay in (
+            ([p for p in parameters if p.dim() >= 2], section.weight_decay),
+            ([p for p in parameters if p.dim() < 2], 0.0),
+        )
     ]
     return torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, fused=True)
 

@@ -23,6 +23,8 @@ from .config import (
 )
 from .data_section import DataSection, Positive
 from .objective import STRICT, Objective
+from .pretrained_section import PretrainedSection, Tuned, filled
+from .teacher_section import TeacherSection
 
 OBJECTIVES = objectives.__name__
 NETWORKS = backbones.__name__
@@ -30,23 +32,6 @@ NETWORKS = backbones.__name__
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 MAX_WIDTH = 0.28  # of a power mean: at 12^-1/2 = 0.289 all steps count the same
-
-
-@dataclass(frozen=True, config=STRICT)
-class TeacherSection:
-    """A frozen run whose velocity teaches; `guidance` 1 is its conditional velocity alone.
-
-    With `weak`, a worse run of its kind, guidance goes away from that one's velocity: autoguidance.
-    """
-
-    run: Path
-    weak: Path | None = None
-    weights: Literal["ema", "model"] = "ema"
-    precision: Literal["fp32", "bf16"] = "fp32"
-    shard: bool = False  # among the processes of strategy fsdp, as the student is; else every one holds it
-    guidance: Annotated[float, Field(ge=0)] = 1.0
-    guidance_interval: tuple[Share, Share] = (0.0, 1.0)
-    guidance_rescale: Share = 0.0
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -59,6 +44,7 @@ class OptimizerSection:
     betas: tuple[Share, Share] = (0.9, 0.99)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    fake_lr: Annotated[float, Field(gt=0)] | None = None  # of a fake network, where `lr` is the student's
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -116,6 +102,7 @@ class TrainingSection:
     recompute_every: Positive | None = None  # activations of every n-th block are made again in the backward
     compile: bool = False  # torch.compile, block by block
     attention: Attention = "sdpa"
+    hung_after_s: Annotated[float, Field(ge=1)] | None = 900.0  # in one place, see heartbeat.py
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -142,9 +129,6 @@ class EvaluationSection:
         useless = [name for name, given in set_here.items() if given]
         if self.features is None and useless:
             raise ValueError(f"{useless[0]} has no effect without features; name some, or remove it")
-        odd = [nfe for nfe in self.nfe if nfe % 2]
-        if self.guidance != 1 and odd:
-            raise ValueError(f"nfe {odd[0]} is odd, but each step of guided samples takes 2 evaluations")
         return self
 
 
@@ -170,7 +154,7 @@ def recipe_from(settings: dict[str, Any]) -> Recipe:
     name, arguments = split_name(recipe.objective, place="objective")
     kind = plugin_class(OBJECTIVES, name, place="objective")
     refuse_unknown_keys(kind, arguments, place="objective")
-    objective = checked(kind, arguments, place="objective")
+    objective = checked(kind, filled(recipe.model, kind, arguments), place="objective")
     recipe = replace(recipe, objective=objective, model=_checked_model(recipe.model))
     check_across_sections(recipe)
     return recipe
@@ -179,10 +163,15 @@ def recipe_from(settings: dict[str, Any]) -> Recipe:
 def _checked_model(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the model section with every default written out."""
     if "from_run" in settings:
-        if set(settings) != {"from_run"}:
-            others = ", ".join(sorted(set(settings) - {"from_run"}))
-            raise ConfigError(f"model: from_run takes the whole model from a run; remove {others}")
-        return {"from_run": str(settings["from_run"])}
+        added = {key: value for key, value in settings.items() if key != "from_run"}
+        tuned = {key: added.pop(key) for key in ("lora", "train") if key in added}
+        if others := [key for key in sorted(added) if (key, added[key]) != ("guidance_input", True)]:
+            raise ConfigError(f"model: from_run takes the whole model from a run; remove {', '.join(others)}")
+        some = checked(Tuned, tuned, place="model").written if tuned else {}
+        return {"from_run": str(settings["from_run"]), **added, **some}
+    if "from_pretrained" in settings:
+        section = checked(PretrainedSection, settings, place="model")
+        return TypeAdapter(PretrainedSection).dump_python(section, mode="json")
     name, arguments = split_name(settings, place="model")
     network = plugin_class(NETWORKS, name, place="model")
     return {"name": name, **checked_arguments(network, arguments, place="model")}
@@ -191,7 +180,7 @@ def _checked_model(settings: dict[str, Any]) -> dict[str, Any]:
 def check_across_sections(recipe: Recipe) -> None:
     """Raise ConfigError where two sections do not go together."""
     objective: Objective = recipe.objective
-    if "from_run" not in recipe.model:
+    if not {"from_run", "from_pretrained"} & set(recipe.model):
         kind = network_kind(plugin_class(NETWORKS, recipe.model["name"], place="model"))
         if kind != objective.model_kind:
             raise ConfigError(
@@ -217,6 +206,11 @@ def check_across_sections(recipe: Recipe) -> None:
             f"ema.target: {recipe.ema.target} has no effect, as the objective "
             f"{objective_name(objective)!r} learns nothing from the network itself with these settings; "
             "remove it"
+        )
+    if recipe.optimizer.fake_lr is not None and not getattr(objective, "fake_network", False):
+        raise ConfigError(
+            f"optimizer.fake_lr: {recipe.optimizer.fake_lr} has no effect, as the objective trains no fake "
+            "network; remove it, or set objective.fake_network of distribution_matching to true"
         )
     if recipe.teacher is not None and recipe.teacher.shard and recipe.strategy.name != "fsdp":
         raise ConfigError(

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,9 @@ from .judge import Judge, Meter, Prompts, Seen
 from .log import warn
 from .metrics.chosen import chosen, partners
 from .metrics.frechet import Moments
+from .signals import Stopped
+from .unfinished import Unfinished
 from .world import World
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal came to some process, and all of them stopped at the same place."""
 
 
 @dataclass(frozen=True)
@@ -44,26 +42,26 @@ class Dealer:
     """Gives batches of sample numbers to processes in turn: batch b to process b mod world.
 
     So a batch, and with it every picture, is the same on any number of processes. Raises Stopped on every
-    process after a batch during which `signals` have come to any.
+    process after a batch during which any has been asked to stop.
     """
 
     world: World
     batch_size: int
-    signals: list[int]
 
-    def __call__(self, total: int) -> Iterator[np.ndarray]:
-        """Yield this process's batches of 0 .. total - 1; every process must take them all."""
-        return (numbers for numbers, mine in self.in_step(total) if mine)
+    def __call__(self, total: int, done: int = 0) -> Iterator[np.ndarray]:
+        """Yield this process's batches of done .. total - 1; every process must take them all."""
+        return (numbers for numbers, mine in self.in_step(total, done) if mine)
 
-    def in_step(self, total: int) -> Iterator[tuple[np.ndarray, bool]]:
+    def in_step(self, total: int, done: int = 0) -> Iterator[tuple[np.ndarray, bool]]:
         """Yield as many batches on every process, and whether each is its own: the first one fills up."""
-        for start in range(0, total, self.batch_size * self.world.size):
+        round_size = self.batch_size * self.world.size
+        for start in range(done, total, round_size):
             begin = start + self.world.rank * self.batch_size
             mine = begin < total
             begin = begin if mine else 0
             yield np.arange(begin, min(begin + self.batch_size, total)), mine
-            if self.world.any(bool(self.signals)):
-                raise Stopped
+            if self.world.stopping():
+                raise Stopped(min(start + round_size, total))
 
 
 MADE = {"latents", "trajectories"}  # in the card of what was made from pictures, and holds none
@@ -166,8 +164,10 @@ class References:
         file = self.folder / f"{key_of(about)}.safetensors"
         found = world.first(lambda: read_seen(file, about))
         if found is None:
-            found = self._measure(part, self.autoencoder if reconstructed else None)
+            unfinished = Unfinished(file, about, world)
+            found = self._measure(part, self.autoencoder if reconstructed else None, unfinished)
             world.first(lambda: write_seen(file, found, about))
+            unfinished.forget()
         return found
 
     def about(self, part: Part, *, reconstructed: bool = False) -> dict[str, Any]:
@@ -176,9 +176,10 @@ class References:
         data = {"data": part.shards.fingerprint, "num_samples": part.size}
         return data | {"label": part.shards.label, "judge": self.judge.hash, "autoencoder": autoencoder}
 
-    def _measure(self, part: Part, autoencoder: AutoencoderKL | None) -> Seen:
+    def _measure(self, part: Part, autoencoder: AutoencoderKL | None, unfinished: Unfinished) -> Seen:
         meter, device = Meter(self.judge, part.size), self.dealer.world.device
-        for places in self.dealer(part.size):
+        dealt = partial(self.dealer, part.size)
+        for places in unfinished.resumed(dealt, take=meter.add, state=meter.state):
             pictures = part.pictures(places).to(device)
             pictures = pictures if autoencoder is None else reconstruct(autoencoder, pictures)
             meter.update(pictures, places, part.prompts(places, self.judge, device))

@@ -101,7 +101,15 @@ def read_run(folder: Path, name: str, evaluation: Path | None) -> dict[str, Any]
         "recipe": recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
         "versions": read_json(versions) if versions.is_file() else {},
         "likelihood": read_json(bits) if bits.is_file() else {},
+        "published": published(folder / "published.json"),
     }
+
+
+def published(path: Path) -> Row:
+    """Read where a run was published: only addresses of the web become links."""
+    told = read_json(path) if path.is_file() else {}
+    links = {key: told[key] for key in ("address", "space") if re.match("https?://", str(told.get(key)))}
+    return {"repository": told.get("repository", ""), **links} if "address" in links else {}
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
@@ -243,10 +251,7 @@ def write_report(out: Path, *, runs: list[Path], evaluation: Path | None) -> Pat
         raise ValueError("a report needs at least one run: name the folder that `driftmap train` wrote")
     files = [evaluation, *(run / "evaluation.json" for run in runs[1:])]
     read = [read_run(*each) for each in zip(runs, names_of(runs), files, strict=True)]
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page.filters["shown"] = shown
-    template = page.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-    text = template.render(
+    text = template_of("report.html").render(
         runs=read,
         evaluations=[run for run in read if run["evaluation"]],
         groups=compared(read),
@@ -256,6 +261,14 @@ def write_report(out: Path, *, runs: list[Path], evaluation: Path | None) -> Pat
     )
     write_atomically(out, text.encode("utf-8", errors="replace"))  # a file name may hold what is no UTF-8
     return out
+
+
+def template_of(name: str) -> jinja2.Template:
+    """Give a page of this folder, which escapes what it is given, to be rendered."""
+    folder = jinja2.FileSystemLoader(Path(__file__).parent, encoding="utf-8")
+    page = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page.filters["shown"] = shown
+    return page.get_template(name)
 
 
 def names_of(runs: Sequence[Path]) -> list[str]:

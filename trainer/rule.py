@@ -110,6 +110,7 @@ class Rule:
     ) -> dict[str, Tensor]:
         """Return the loss and the raw errors of jumps and diagonal, jumps first."""
         batch = batch.with_condition_dropped(self.condition_dropout, null=model.null_condition)
+        batch = batch.of_teacher(teacher)
         s, t = (time.to(batch.data.dtype) for time in self.times_of(batch))
         jumps = t != s
         target = model if target is None else target

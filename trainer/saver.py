@@ -71,6 +71,7 @@ class Saver:
 
     def state(self, run: Run) -> dict[str, Any]:
         """Return what state.json is to hold."""
+        fake = run.strategy.fake_updates
         return {
             "step": run.step,
             "samples": run.samples,
@@ -80,6 +81,7 @@ class Saver:
             "world_size": run.strategy.world.size,
             "lineage": run.lineage,
             "quarantine": run.batches.bad,
+            **({} if fake is None else {"fake_updates": fake}),
         }
 
     def prune(self, run: Run) -> None:

@@ -9,7 +9,8 @@ once a process. The same goes for the loader and the checkpoint, which are ours.
     zero*  zero.py             DeepSpeed: moments (1), gradients (2) and parameters (3) are sharded
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -20,10 +21,12 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .fake import players
 from .fragment import Fragment
+from .launcher import launcher
 from .optim import adamw, start_moments
 from .recipe import OptimizerSection, Recipe
-from .world import World, launched
+from .world import World
 
 FP16_SCALE = 2.0**16
 FP16_GROWTH_STEPS = 2000
@@ -31,11 +34,12 @@ FP16_GROWTH_STEPS = 2000
 
 def process_group(timeout: timedelta | None = None) -> Accelerator:
     """Return Accelerate's process group, NCCL between GPUs, gloo between CPUs; `timeout` ends a wait."""
+    size = launcher().size
     if torch.cuda.is_available():
         settings = InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo", timeout=timeout)
         return Accelerator(kwargs_handlers=[settings])
     # Without a GPU Accelerate (1.15) needs to be told, or every process believes that it is alone.
-    return Accelerator(cpu=launched() > 1, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
+    return Accelerator(cpu=size > 1, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
 
 
 class DataParallel:
@@ -45,9 +49,13 @@ class DataParallel:
     task: nn.Module  # call only this one: what it wraps does not average gradients
     optimizer: torch.optim.Optimizer
     fragments: list[Fragment]
+    players: Sequence[list[nn.Parameter]] = ()  # who is clipped and counted alone, see fake.py
 
     def __init__(self, recipe: Recipe) -> None:
         self.accumulation = recipe.training.accumulation
+        hung_after_s = recipe.training.hung_after_s
+        # Longer than what finds out who hangs: the end of a wait in a collective does not tell.
+        self.longest_wait = None if hung_after_s is None else timedelta(seconds=max(1800, 2 * hung_after_s))
         self.clip_norm = recipe.optimizer.clip_norm
         self.scale = FP16_SCALE if recipe.training.precision == "fp16" else 1.0
         self.grad_norm: float | None = None  # of the last step, before clipping
@@ -60,12 +68,13 @@ class DataParallel:
         self._connect()
 
     def _connect(self) -> None:
-        self.world = World(process_group())
+        self.world = World(process_group(self.longest_wait))
 
     def prepare(self, task: nn.Module, model: nn.Module, section: OptimizerSection) -> None:
         """Wrap the task, make the optimizer and check that what was asked for is in force."""
         self.task = self._wrapped(task.to(self.world.device), model)
         self.parameters = trainable(model)
+        self.players = players(self.parameters)
         self.optimizer = adamw(section, model)
         start_moments(self.optimizer)
         self.fragments = self._fragments(model)
@@ -76,7 +85,11 @@ class DataParallel:
             return task
         devices = [self.world.device] if self.world.device.type == "cuda" else None
         # Gradients are views of the buckets they travel in, not copies.
-        return DistributedDataParallel(task, device_ids=devices, gradient_as_bucket_view=True)
+        # In a step of a fake network alone the student has no gradient.
+        some = getattr(model, "fake", None) is not None
+        return DistributedDataParallel(
+            task, device_ids=devices, gradient_as_bucket_view=True, find_unused_parameters=some
+        )
 
     def shard_frozen(self, module: nn.Module) -> None:
         """Shard a network that is not trained, such as a teacher; only some strategies can."""
@@ -111,6 +124,7 @@ class DataParallel:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a micro step's loss, divided by the number of micro steps."""
+        self.world.enter("averaging gradients" if self.stepped else "computing gradients")
         (loss * (self.scale / self.accumulation)).backward()
 
     @torch.no_grad()
@@ -122,17 +136,18 @@ class DataParallel:
         """
         if not self.stepped:
             return
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         if self.scale != 1:
             torch._foreach_mul_(gradients, 1 / self.scale)
-        norm = self._norm(gradients)
-        self.applied = bool(torch.isfinite(norm))
+        moving = [[p for p in player if p.grad is not None] for player in self.players]
+        norms = [self._norm([p.grad for p in player if p.grad is not None]) for player in moving if player]
+        self.applied = all(bool(torch.isfinite(norm)) for norm in norms)
         self.overflowed = not self.applied and self.scale > 1
         if self.applied:
-            self.grad_norm = norm.item()
+            self.grad_norm = math.hypot(*(norm.item() for norm in norms))
             if self.clip_norm is not None:
-                nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+                for player, norm in zip(filter(None, moving), norms, strict=True):
+                    nn.utils.clip_grads_with_norm_(player, self.clip_norm, norm)
             set_learning_rate(self.optimizer, learning_rate)
             self.optimizer.step()
         else:
@@ -168,6 +183,17 @@ class DataParallel:
         for state in self.optimizer.state.values():
             state["step"].fill_(number)
 
+    @property
+    def fake_updates(self) -> int | None:
+        """The number of updates of the fake network, None where there is none: the student has had fewer."""
+        found = [self.optimizer.state[player[0]]["step"] for player in self.players[1:]]
+        return int(found[0].item()) if found else None
+
+    @fake_updates.setter
+    def fake_updates(self, number: int) -> None:
+        for parameter in self.players[1]:
+            self.optimizer.state[parameter]["step"].fill_(number)
+
     def refresh(self) -> None:
         """Let the model hold what the fragments hold, after they were written from outside."""
 
@@ -180,7 +206,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     """Set the learning rate of all parameters."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("factor", 1.0)
 
 
 def strategy_of(recipe: Recipe) -> DataParallel:

@@ -114,7 +114,7 @@ def _encoding(request: Request, draw: Draw, world: World) -> Encoding:
         raise ConfigError(
             f"--every {request.every} does not divide --steps {request.steps}; the last state is the data"
         )
-    sampler = sampler_of(name, path=model.path, draw=_nothing)
+    sampler = sampler_of(name, path=model.path_of_states, draw=_nothing)
     grid = sampler.grid(request.steps)
     solver = _Solver(request, draw, velocity, model, sampler, grid.to(world.device))
     cost = sampler.evaluations * getattr(velocity, "evaluations", 1)

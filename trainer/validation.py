@@ -8,8 +8,8 @@ The weights come back bitwise and randomness is keyed: a run trains the same wit
 A sharded network can be called only through the strategy's task and by all processes equally often: one that
 has no batch left takes the first again and does not count it. The precision is that of the training.
 
-A signal ends an evaluation without a line; the run saves and stops at that step, and evaluates it before any
-other when it goes on. Lines of steps that a run went back from are forgotten when it starts.
+A signal ends an evaluation without a line; the run saves and stops at that step, and goes on with the
+evaluation before any other step. Lines of steps that a run went back from are forgotten when it starts.
 """
 
 import json
@@ -18,7 +18,8 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from ..data.shards import write_atomically
 from ..models.autoencoder import decode_latents
+from ..models.condition import parted
 from ..models.flow_map import FlowMap, Velocity
 from ..models.samplers import sampler_of
 from .build import settings_of_run
@@ -39,7 +41,9 @@ from .judge import Meter
 from .loop import Run, Task
 from .objective import Batch, Tangent
 from .recipe import EvaluationSection, objective_name
-from .references import Dealer, Stopped, key_of
+from .references import Dealer, key_of
+from .signals import Stopped
+from .unfinished import Unfinished
 
 SEED = 0  # of the samples' noise, as `driftmap evaluate` has it
 
@@ -62,12 +66,13 @@ class Sampling:
         velocity = guided(model, self.guidance)
         sampler = sampler_of(
             self.sampler,
-            path=model.path,
+            path=model.path_of_states,
             draw=lambda step: batch.random.normal(f"sample step {step}", model.sample_shape),
         )
         cost = sampler.evaluations * getattr(velocity, "evaluations", 1)
         grid = sampler.grid(self.nfe // cost).to(noise.device)
-        return {"samples": sampler.sample(velocity, noise, grid=grid, condition=batch.condition)}
+        condition, _ = parted(batch.condition, self.guidance)  # not under the scales of the training
+        return {"samples": sampler.sample(velocity, noise, grid=grid, condition=condition)}
 
 
 class Validation:
@@ -80,13 +85,13 @@ class Validation:
         network = settings_of_run(run.folder)
         self._held_out = held_out_of(run.recipe, run.model, network, run.shards)
         self._gallery = gallery_of(run.recipe, run.model, run.shards, self._held_out, device=world.device)
-        self._dealer = Dealer(world, self._section.batch_size, run.signals)
+        self._dealer = Dealer(world, self._section.batch_size)
         self._task = next(module for module in self._strategy.task.modules() if isinstance(module, Task))
         self.file = run.folder / "validation.jsonl"
         world.first(lambda: _write(self.file, [row for row in _rows(self.file) if row["step"] <= run.step]))
         if run.step:
             self._look(run)
-            run.stop_asked = world.any(bool(run.signals))
+            run.stop_asked = world.stopping()
 
     def __call__(self, run: Run, losses: dict[str, Tensor]) -> None:
         """Evaluate the step just done where it is due."""
@@ -100,18 +105,30 @@ class Validation:
         if not due or world.first(lambda: run.step in [row["step"] for row in _rows(self.file)]):
             return
         began = time.monotonic()
+        loss, quality = (self._unfinished(run, part) for part in ("loss", "quality"))
         try:
             with torch.no_grad(), _mean_of(run):
-                told = self._losses() | (self._quality(self._gallery) if self._gallery else {})
+                told = self._losses(loss) | (self._quality(self._gallery, quality) if self._gallery else {})
         except Stopped:
+            run.evaluated = False
             return
         finally:
             seconds = time.monotonic() - began
             run.evaluated_s += seconds
         row = {"step": run.step, "samples": run.samples, **told, "seconds": seconds}
         world.first(lambda: _write(self.file, [*_rows(self.file), row]))
+        for each in (loss, quality):
+            each.forget()
         if world.rank == 0:
             Console(stderr=True).print(_in_words(row), markup=False, highlight=False, soft_wrap=True)
+
+    def _unfinished(self, run: Run, part: str) -> Unfinished:
+        """Return what there is of a part of this step's evaluation where it was stopped before."""
+        about = {"step": run.step, "means": run.ema.num_updates, "section": asdict(self._section)}
+        about |= {"held_out": self._held_out.shards.fingerprint}
+        if self._gallery is not None:
+            about |= {"judge": self._gallery.judge.hash}
+        return Unfinished(self.file.with_name(f"validation-{part}"), about, self._strategy.world)
 
     def _batch(self, places: np.ndarray) -> dict[str, Tensor]:
         """Return held-out samples; what cannot be read on one process is raised on all."""
@@ -119,10 +136,16 @@ class Validation:
         self._strategy.world.together(lambda: read.append(self._held_out.batch(places)))
         return read[0]
 
-    def _losses(self) -> dict[str, float | None]:
+    def _losses(self, unfinished: Unfinished) -> dict[str, float | None]:
         """Return the means of what the objective gives on held-out samples; None for what is not finite."""
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
-        for places, mine in self._dealer.in_step(self._held_out.size):
+
+        def take(state: dict[str, Tensor]) -> None:
+            for name, value in state.items():
+                sums[name] += value
+
+        dealt = partial(self._dealer.in_step, self._held_out.size)
+        for places, mine in unfinished.resumed(dealt, take=take, state=lambda: dict(sums)):
             for name, value in self._strategy.task(self._batch(places)).items():
                 if name not in ("time", "gap", "index"):
                     mean, count = value.double().mean().item(), len(places)
@@ -131,7 +154,7 @@ class Validation:
         means = {name: total / count for name, (total, count) in zip(sums, totals, strict=True)}
         return {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
 
-    def _quality(self, gallery: Gallery) -> dict[str, Any]:
+    def _quality(self, gallery: Gallery, unfinished: Unfinished) -> dict[str, Any]:
         """Return the table of samples by number of evaluations, its floors, and what it was made with."""
         section, world, judge = self._section, self._strategy.world, gallery.judge
         references = gallery.references(self._dealer)
@@ -139,9 +162,19 @@ class Validation:
         floors = {"self": references.seen(gallery.training)} if gallery.training else {}
         if gallery.autoencoder is not None:
             floors["reconstruction"] = references.seen(gallery.pictures, reconstructed=True)
-        sampler = usual_sampler(objective_name(self._task.objective), section.guidance)
+        built_in = isinstance(self._task.model, FlowMap) and self._task.model.takes_guidance
+        sampler = usual_sampler(objective_name(self._task.objective), section.guidance, built_in=built_in)
         meters = {nfe: Meter(judge, section.num_samples) for nfe in section.nfe}
-        for places, mine in self._dealer.in_step(section.num_samples):
+
+        def take(state: dict[int, Any]) -> None:
+            for nfe, meter in meters.items():
+                meter.add(state[nfe])
+
+        def state() -> dict[int, Any]:
+            return {nfe: meter.state() for nfe, meter in meters.items()}
+
+        dealt = partial(self._dealer.in_step, section.num_samples)
+        for places, mine in unfinished.resumed(dealt, take=take, state=state):
             batch = self._batch(places) | {"index": torch.from_numpy(places)}
             prompts = gallery.asked.prompts(places, judge, world.device)
             for nfe, meter in meters.items():

@@ -66,7 +66,8 @@ class Zero(DataParallel):
         backend = "cuda:nccl,cpu:gloo" if on_gpus else "gloo"
         self.plugin = DeepSpeedPlugin(hf_ds_config={**self._settings(), "train_micro_batch_size_per_gpu": 1})
         self.accelerator = Accelerator(
-            deepspeed_plugin=self.plugin, kwargs_handlers=[InitProcessGroupKwargs(backend=backend)]
+            deepspeed_plugin=self.plugin,
+            kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=self.longest_wait)],
         )
         self.world = World(self.accelerator)
 
@@ -172,6 +173,7 @@ class Zero(DataParallel):
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a micro step's loss; the engine divides it by their number."""
+        self.world.enter("averaging gradients")
         self.engine.backward(loss)
 
     def step(self, learning_rate: float) -> None:

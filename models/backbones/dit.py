@@ -6,6 +6,8 @@ has no biases and its features vanish at zero, so that
 - g(0) = 0 always: on the diagonal the network is exactly a one-time velocity network, whatever was trained;
 - with g's last layer at zero, as at birth, the network ignores t: a student that copies a teacher trained
 by flow matching equals it to the last bit.
+With `guidance_input` an embedding of 1 - 1 / scale, the scale of guidance, is of the same kind: it adds
+nothing at scale 1, and at birth nothing at all.
 Captions come in twice: each block lets its tokens attend to those of the caption, and the mean of these is
 added to c. Both ways end in layers that are zero at birth. A learned token stands beside every caption, so
 that an empty one is a caption, too.
@@ -61,11 +63,18 @@ def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Embed(Stage):
-    """From a state, its two times and its class to tokens and the modulation's input."""
+    """From a state, its two times, its class and its guidance to tokens and the modulation's input."""
 
-    num_inputs = 4
-
-    def __init__(self, side: int, patch_size: int, in_channels: int, width: int, num_classes: int) -> None:
+    def __init__(
+        self,
+        side: int,
+        patch_size: int,
+        in_channels: int,
+        width: int,
+        num_classes: int,
+        *,
+        guided: bool = False,
+    ) -> None:
         super().__init__()
         self.side = side
         self.patch_size = patch_size
@@ -74,8 +83,12 @@ class Embed(Stage):
         self.source = TimeEmbedding(width, vanishing=False)
         self.gap = TimeEmbedding(width, vanishing=True)
         self.labels = nn.Embedding(num_classes + 1, width) if num_classes else None
+        self.guidance = TimeEmbedding(width, vanishing=True) if guided else None
+        self.num_inputs = 4 + guided
 
-    def compute(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+    def compute(
+        self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the tokens (B, L, width) of x (B, C, H, W) and the modulation's input c (B, width)."""
         size, side = self.patch_size, self.side
         patches = x.reshape(len(x), x.shape[1], side, size, side, size).permute(0, 2, 4, 1, 3, 5)
@@ -85,6 +98,8 @@ class Embed(Stage):
             if condition is None:
                 condition = torch.full((len(x),), self.labels.num_embeddings - 1, device=x.device)
             c = c + self.labels(condition)
+        if self.guidance is not None and scale is not None:
+            c = c + self.guidance(1 - 1 / scale)
         return tokens, c
 
 
@@ -157,8 +172,11 @@ class DiT(Conditioned, ModelMixin, ConfigMixin):
     Forward: x (B, in_channels, sample_size, sample_size), s and t (B,) in [0, 1], and
     - with `num_classes` labels (B,) in [0, num_classes], where the label `num_classes` means "no class";
     - with `text_width` captions (tokens (B, L, text_width), mask (B, L)), L at most `max_tokens`.
-    A missing condition says nothing. With `out_channels` the result has other channels than x.
+    A missing condition says nothing. With `out_channels` the result has other channels than x, with
+    `guidance_input` the scale of guidance (B,) comes after the condition.
     """
+
+    attention_layers = ("qkv", "query", "key_value", "attention.projection", "reading.projection")
 
     @register_to_config
     def __init__(
@@ -175,6 +193,7 @@ class DiT(Conditioned, ModelMixin, ConfigMixin):
         text_width: int = 0,
         max_tokens: int = 32,
         out_channels: int | None = None,
+        guidance_input: bool = False,
     ) -> None:
         super().__init__()
         if sample_size % patch_size:
@@ -186,14 +205,15 @@ class DiT(Conditioned, ModelMixin, ConfigMixin):
                 f"num_classes {num_classes} and text_width {text_width}: a sample has a class or a caption; "
                 "set one of them to 0"
             )
-        self.num_inputs = 5 if text_width else 4
+        self.num_inputs = (5 if text_width else 4) + guidance_input
+        self.guidance_input = guidance_input
         self.side = sample_size // patch_size
         self.patch_size = patch_size
         self.text_width, self.max_tokens = text_width, max_tokens
         self.sample_shape = (in_channels, sample_size, sample_size)
         self.out_channels = out_channels or in_channels
         self.null_label = num_classes or None
-        self.embed = Embed(self.side, patch_size, in_channels, width, num_classes)
+        self.embed = Embed(self.side, patch_size, in_channels, width, num_classes, guided=guidance_input)
         self.blocks = nn.ModuleList(
             Block(width, num_heads, mlp_ratio=mlp_ratio, qk_norm=qk_norm, text=text_width > 0)
             for _ in range(depth)
@@ -214,11 +234,23 @@ class DiT(Conditioned, ModelMixin, ConfigMixin):
             )  # with the 0.02 of the paper classes are learned more slowly
         starts_at_zero: list[nn.Linear] = [self.embed.gap.second, self.head.modulation, self.head.projection]
         starts_at_zero += [block.modulation for block in self._blocks()]
+        if self.embed.guidance is not None:
+            starts_at_zero += [self.embed.guidance.second]
         if self.caption is not None:
             starts_at_zero += [self.caption.mean]
             starts_at_zero += [block.reading.projection for block in self._blocks() if block.reading]
         for linear in starts_at_zero:
             nn.init.zeros_(linear.weight)
+
+    @property
+    def last_layer(self) -> nn.Module:
+        """The layer whose output is the network's."""
+        return self.head.projection
+
+    @property
+    def new_layers(self) -> list[nn.Module]:
+        """The layers of which a velocity network has learned nothing: those of the gap and of guidance."""
+        return [layer for layer in (self.embed.gap, self.embed.guidance) if layer is not None]
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]
@@ -234,8 +266,8 @@ class DiT(Conditioned, ModelMixin, ConfigMixin):
         if self.caption is None:
             caption, (tokens, c) = (), self.embed(x, s, t, *condition)
         else:
-            *caption, pooled = self.caption(*condition)
-            tokens, c = self.embed(x, s, t, None)
+            *caption, pooled = self.caption(*condition[:2])
+            tokens, c = self.embed(x, s, t, None, *condition[2:])
             c = c + pooled
         for block in self.blocks:
             tokens = block(tokens, c, *caption)

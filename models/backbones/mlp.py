@@ -54,6 +54,11 @@ class MLP(nn.Module):
         self.sample_shape = (channels,)
         self.null_label = num_classes or None
 
+    @property
+    def last_layer(self) -> nn.Module:
+        """The layer whose output is the network's."""
+        return self.outputs
+
     def forward(self, x: Tensor, s: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """Return the mean velocity (B, channels), or what there is in `out_channels`."""
         scale = torch.arange(1, self.frequencies + 1, dtype=x.dtype, device=x.device)

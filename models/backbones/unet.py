@@ -6,6 +6,8 @@ waves that vanish at zero, which the model's `cond_proj`, without a bias, adds t
 - on the diagonal the network is exactly the one-time network, whatever was trained;
 - with `cond_proj` at zero, as at birth, the network ignores t: a student that copies a one-time network
 equals it to the last bit, and so will one made of a published checkpoint.
+With `guidance_input` the waves of 1 - 1 / scale stand beside those of the gap, in the same `cond_proj`: at
+scale 1 the network is the one without guidance, and at birth at any scale.
 A derivative along t (Lagrangian rule) sees the waves of the gap only, up to 100 radians a unit of time as in
 the DiT; one along s (Eulerian rule) sees those of the timestep, too, up to 1000: it is larger, and a finite
 difference along s needs a step ten times as short.
@@ -26,29 +28,20 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from ..layers import Conditioned, beside_zeros
-from ..unet_stages import (
-    GAP_WAVES,
-    TIMESTEPS,
-    Embed,
-    Entry,
-    Exit,
-    Layer,
-    Normalised,
-    Resample,
-    attention_of,
-    stages_of,
-)
+from ..layers import GAP_WAVES, beside_zeros
+from ..staged_unet import StagedUNet
+from ..unet_stages import TIMESTEPS, Embed, Layer
 
 
-class UNet(Conditioned):
+class UNet(StagedUNet):
     """The U-Net `(x, s, t, condition) -> mean velocity like x`; each level is half as large as the last.
 
     Forward: x (B, in_channels, sample_size, sample_size), s and t (B,) in [0, 1], and
     - with `num_classes` labels (B,) in [0, num_classes], where the label `num_classes` means "no class";
     - with `text_width` captions (tokens (B, L, text_width), mask (B, L)), L at most `max_tokens`.
     A missing condition says nothing. `attention_levels` counts from 0, the largest; with captions the middle
-    attends, too. With `out_channels` the result has other channels than x.
+    attends, too. With `out_channels` the result has other channels than x. With `guidance_input` it takes the
+    scale of guidance (B,) after the condition.
     """
 
     max_radians = TIMESTEPS  # of the fastest wave, a unit of s
@@ -67,6 +60,7 @@ class UNet(Conditioned):
         text_width: int = 0,
         max_tokens: int = 32,
         out_channels: int | None = None,
+        guidance_input: bool = False,
     ) -> None:
         super().__init__()
         if num_classes and text_width:
@@ -79,7 +73,8 @@ class UNet(Conditioned):
         attending = {widths[level] for level in attention_levels} | ({widths[-1]} if text_width else set())
         _check_widths(widths, "norm_num_groups", norm_num_groups)
         _check_widths(sorted(attending), "head_width", head_width)
-        self.num_inputs = 5 if text_width else 4
+        self.num_inputs = (5 if text_width else 4) + guidance_input
+        self.guidance_input = guidance_input
         self.text_width, self.max_tokens = text_width, max_tokens
         self.sample_shape = (in_channels, sample_size, sample_size)
         self.out_channels = out_channels or in_channels
@@ -103,28 +98,16 @@ class UNet(Conditioned):
             "use_linear_projection": True,
             "num_class_embeds": num_classes + 1 if num_classes else None,
             "resnet_time_scale_shift": "scale_shift",
-            "time_cond_proj_dim": 2 * GAP_WAVES,
+            "time_cond_proj_dim": 2 * GAP_WAVES * (1 + guidance_input),
         }
-        self._take_apart(UNet2DConditionModel(**self.settings))
+        net = UNet2DConditionModel(**self.settings)
+        self.take_apart(net, Embed(net))
         self._initialise()
 
-    def _take_apart(self, net: UNet2DConditionModel) -> None:
-        """Make stages of the modules of diffusers' network, and note what it calls their weights."""
-        for module in list(net.modules()):
-            for name, norm in module.named_children():
-                if isinstance(norm, nn.GroupNorm | nn.LayerNorm):
-                    setattr(module, name, Normalised(norm))
-            if isinstance(module, Attention):
-                setattr(module, "how", "sdpa")  # noqa: B010 - as in trainer/blocks.py
-        as_theirs: Any = attention_of
-        net.set_attn_processor(as_theirs)
-        theirs = {id(parameter): name for name, parameter in net.named_parameters()}
-        self.embed, self.entry, self.exit = Embed(net), Entry(net), Exit(net)
-        self.down = nn.ModuleList(stage for block in net.down_blocks for stage in stages_of(block))
-        self.middle = nn.ModuleList(stages_of(net.mid_block))
-        self.up = nn.ModuleList(stage for block in net.up_blocks for stage in stages_of(block))
-        self.stock_names = {name: theirs.pop(id(parameter)) for name, parameter in self.named_parameters()}
-        assert not theirs, f"parts of no stage: {theirs.values()}"
+    @property
+    def new_layers(self) -> list[nn.Module]:
+        """The layer of which a velocity network has learned nothing: that of the gap and of guidance."""
+        return [self.embed.times.cond_proj]
 
     def _initialise(self) -> None:
         """Let every layer start as the identity, the output at zero, and the network blind to the gap."""
@@ -142,30 +125,11 @@ class UNet(Conditioned):
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
 
-    def stock(self) -> UNet2DConditionModel:
-        """Return diffusers' own model with these weights; see models/pipeline.py for how it is called."""
-        net = UNet2DConditionModel(**self.settings)
-        net.load_state_dict({self.stock_names[name]: value for name, value in self.state_dict().items()})
-        return net
-
     def compute(self, x: Tensor, s: Tensor, t: Tensor, *condition: Any) -> Tensor:
         """Return the mean velocity between the times s and t at the state x."""
-        labels, text, seen = (
-            (None, *beside_zeros(*condition)) if self.text_width else (*condition, None, None)
-        )
-        emb, hidden = self.embed(s, t, labels), self.entry(x)
-        skips = [hidden]
-        for stage in self.down:
-            hidden = stage(hidden) if isinstance(stage, Resample) else stage(hidden, None, emb, text, seen)
-            skips.append(hidden)
-        for stage in self.middle:
-            hidden = stage(hidden, None, emb, text, seen)
-        for stage in self.up:
-            if isinstance(stage, Resample):
-                hidden = stage(hidden)
-            else:
-                hidden = stage(hidden, skips.pop(), emb, text, seen)
-        return self.exit(hidden)
+        *given, scale = condition if self.guidance_input else (*condition, None)
+        labels, text, seen = (None, *beside_zeros(*given)) if self.text_width else (*given, None, None)
+        return self.through(x, self.embed(s, t, labels, scale), text, seen)
 
 
 def _check_levels(widths: tuple[int, ...], sample_size: int, attention_levels: tuple[int, ...]) -> None:

@@ -5,6 +5,7 @@
     euler.py  heun.py                    the flow's equation, on any path
     ddim.py  dpm_solver.py               the same, exact in all but the data predicted
     ddpm.py  edm.py                      with noise at each step
+    backward.py                          the chain of a learned drift
     scheduler.py   any scheduler of diffusers
 
 All take a velocity (a flow map, a guided one), the noise of each sample and a grid of times. What is drawn on
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ..path import Path
 from .adaptive import adaptive
+from .backward import backward
 from .ddim import ddim
 from .ddpm import ddpm
 from .dpm_solver import dpm_solver
@@ -37,6 +39,7 @@ __all__ = [
     "Draw",
     "Sampler",
     "adaptive",
+    "backward",
     "ddim",
     "ddpm",
     "dpm_solver",
@@ -51,7 +54,7 @@ __all__ = [
     "time_grid",
 ]
 
-METHODS = (jump, euler, heun, ddim, ddpm, dpm_solver, edm, gamma, adaptive)
+METHODS = (jump, euler, heun, ddim, ddpm, dpm_solver, edm, gamma, adaptive, backward)
 SAMPLERS = {method.__name__: method for method in METHODS}
 EVALUATIONS = {"heun": 2, "edm": 2, "adaptive": 3}  # a step; of adaptive one that is not halved
 OF_DIFFUSERS = "diffusers:"
@@ -69,15 +72,22 @@ class Sampler:
 
 
 def sampler_of(
-    text: str, *, path: Path, draw: Draw, evaluated: Callable[[Tensor], object] | None = None
+    text: str, *, path: Path | None, draw: Draw, evaluated: Callable[[Tensor], object] | None = None
 ) -> Sampler:
     """Return the sampler of a text such as `heun`, `edm:churn=40` or `diffusers:UniPCMultistepScheduler`.
 
-    One that chooses its number of evaluations calls `evaluated` with that of each sample (B,).
+    One that chooses its number of evaluations calls `evaluated` with that of each sample (B,). Without a path
+    there are those that ask for velocities or jumps alone.
 
     Raises ValueError where there is no such sampler or setting.
     """
+    if path is None and not _needs_no_path(text):
+        alone = ", ".join(filter(_needs_no_path, SAMPLERS))
+        raise ValueError(
+            f"the sampler {text} goes along a path, and this model has a process of its own; take {alone}"
+        )
     if text.startswith(OF_DIFFUSERS):
+        assert path is not None
         name = text.removeprefix(OF_DIFFUSERS)
         return Sampler(partial(scheduler, name=name, path=path), time_grid)
     name, _, written = text.partition(":")
@@ -88,13 +98,18 @@ def sampler_of(
         )
     method = SAMPLERS[name]
     takes = inspect.signature(method).parameters
-    at_hand = {"path": path, "draw": draw, "evaluated": evaluated}
+    at_hand: dict[str, Any] = {"path": path, "draw": draw, "evaluated": evaluated}
     given = {key: value for key, value in at_hand.items() if key in takes}
     known = {key: takes[key].default for key in takes if key not in GIVEN}
     settings = dict(_setting(part, name, known) for part in written.split(",") if part)
-    grid = partial(noise_grid, path=path) if method is edm else time_grid
+    grid = partial(noise_grid, path=path) if method is edm and path is not None else time_grid
     jumps = method in (jump, gamma, adaptive)
     return Sampler(partial(method, **given, **settings), grid, EVALUATIONS.get(name, 1), jumps)
+
+
+def _needs_no_path(text: str) -> bool:
+    method = SAMPLERS.get(text.partition(":")[0])
+    return method is not None and "path" not in inspect.signature(method).parameters
 
 
 def _setting(text: str, name: str, known: dict[str, Any]) -> tuple[str, Any]:

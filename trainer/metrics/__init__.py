@@ -3,6 +3,7 @@
     chosen.py      which samples stand for a set
     frechet.py     mean and covariance of a stream of features, merged over processes; the Frechet distance
     kernel.py      the kernel distance, over subsets
+    gaussian_kernel.py  the mean discrepancy of points; classes among neighbours
     neighbours.py  precision, recall, density, coverage
     blindness.py   which metrics tell a teacher's single step from its many
     inception.py   the network of the FID, for weights that are at hand

@@ -34,10 +34,16 @@ class Moments:
             return
         features = features.double().cpu()
         mean = features.mean(0)
-        centred, gap, total = features - mean, mean - self.mean, self.count + len(features)
-        self.scatter.addmm_(centred.T, centred)
-        self.scatter.addr_(gap, gap, alpha=self.count * len(features) / total)
-        self.mean = self.mean + gap * (len(features) / total)
+        centred = features - mean
+        self.add(Moments(len(features), mean, centred.T @ centred))
+
+    def add(self, other: "Moments") -> None:
+        """Add the moments of other features."""
+        if not other.count:
+            return
+        gap, total = other.mean - self.mean, self.count + other.count
+        self.scatter.add_(other.scatter).addr_(gap, gap, alpha=self.count * other.count / total)
+        self.mean = self.mean + gap * (other.count / total)
         self.count = total
         self._factor = None
 
