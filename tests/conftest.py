@@ -15,7 +15,7 @@ def local(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def cluster_of_all():
-    """Yield the Slurm cluster of a session; skip where none can run, unless NEED_SLURM says that one has to."""
+    """Yield the Slurm cluster of all tests; skip where none can run, or fail if NEED_SLURM is set."""
     from slurm.cluster import cluster, why_not
 
     if (reason := why_not()) is not None:

@@ -14,7 +14,6 @@ from driftmap.data.synthetic import write_points
 from driftmap.launch.status import folders_of, rows_of, statuses_of
 from runs import driftmap, wait_until, write_config
 
-
 LINE_S = 150  # three stages and three runs, each of which imports torch, on two cores
 
 
