@@ -1,7 +1,7 @@
 """The page of a study: per set the tables, the charts, and what the models do to points of the plane.
 
 It is made of numbers and tensors that were measured before (launch/compare_measure.py); `study.html` lays it
-out. Bounds and densities stand in columns of their own.
+out. Bounds and densities stand in rows of their own.
 """
 
 from collections.abc import Sequence
@@ -206,7 +206,7 @@ def pictures(about: Row, methods: dict[str, Row]) -> list[dict[str, Any]]:
     ]
 
 
-DENSITY = "One scale, from none (black); its square root is steepened, so that faint mass is seen."
+DENSITY = "One scale for all, from none (black); colours go by the power 0.6, so that faint mass is seen."
 FORWARD = (
     "Test points in the colours of their classes, in the process that a model reverses and along its flow. "
     "The same points in every row."
