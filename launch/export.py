@@ -3,11 +3,13 @@
 OUT/model_index.json  pipeline.py           the pipeline, trust_remote_code=True
     transformer/      config, safetensors, driftmap_dit.py with all that it needs; or
     unet/             diffusers' UNet2DConditionModel
-    scheduler/        diffusers' FlowMapEulerDiscreteScheduler
+    scheduler/        diffusers' FlowMapEulerDiscreteScheduler, with the shift and what is recommended
     vae/              diffusers' AutoencoderKL with the latents' scale
     network.json      what the network is, for a config that names the pipeline as its teacher
 
 A variant is the network once more, in half precision: `from_pretrained(..., variant="fp16")`.
+The recommended steps and guidance are what the pipeline does by default, by its own config; the scheduler's
+has them for code that uses it without the pipeline. The grid begins at noise, t_max = 1, in every model.
 """
 
 import ast
@@ -42,7 +44,7 @@ from ..trainer.encode import autoencoder_of
 from ..trainer.evaluate import sample_noise
 from ..trainer.published import NETWORK
 from ..trainer.tuning import merge_adapters
-from .export_pretrained import check_pretrained, export_pretrained, is_of_checkpoint
+from .export_pretrained import check_pretrained, export_pretrained, is_of_checkpoint, recommend
 
 TOLERANCE = 1e-5  # of latents of unit variance
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -124,7 +126,7 @@ def export(run: Path, out: Path, chosen: Exported | None = None) -> Path:
                 f"{run} started from a checkpoint of diffusers, whose pipeline it is exported as: shift, "
                 "guidance, variants, the autoencoder and the text encoder are that one's; leave them out"
             )
-        return export_pretrained(run, out, weights=chosen.weights)
+        return export_pretrained(run, out, weights=chosen.weights, nfe=chosen.nfe)
     model = chosen.model_of(run)
     if out.exists() and not (out / "model_index.json").is_file():
         raise ConfigError(f"{out} exists and is no exported pipeline; give a new folder")
@@ -147,6 +149,7 @@ def export(run: Path, out: Path, chosen: Exported | None = None) -> Path:
     for variant in chosen.variants:
         _write_variant(aside, model.backbone, variant)
     FlowMapEulerDiscreteScheduler(shift=chosen.shift).save_pretrained(aside / "scheduler")
+    recommend(aside / "scheduler", num_inference_steps=chosen.nfe, guidance_scale=chosen.guidance)
     old = out.with_name(f".{out.name}.old")
     if out.exists():
         os.rename(out, old)

@@ -2,7 +2,10 @@
 
 What has one time is the pipeline that it was, and stock diffusers loads it. A student has two: a U-Net is
 still diffusers' class, and `pipeline.py` tells it the gap (trust_remote_code=True); a DiT brings its class
-along. Adapters (LoRA) are merged into the network, and stand as diffusers' LoRA file in `lora/` besides.
+along. Adapters (LoRA) are merged into the network, and stand as diffusers' LoRA file in `lora/` besides; of
+a student that file is a part only, for the input of the gap is no adapter: its merged pipeline is the whole.
+A student's scheduler says how many steps and which guidance are the default (RECOMMENDED). Its grid is even
+and begins at t_max = 1, so neither a shift nor a t_max is said.
 """
 
 import inspect
@@ -82,8 +85,11 @@ def is_of_checkpoint(run: Path) -> bool:
     return "from_pretrained" in settings_of_run(run).get("source", {})
 
 
-def export_pretrained(run: Path, out: Path, *, weights: str = "ema") -> Path:
-    """Write a run as the pipeline of the checkpoint that it started from, whole or not at all."""
+def export_pretrained(run: Path, out: Path, *, weights: str = "ema", nfe: int = 4) -> Path:
+    """Write a run as the pipeline of the checkpoint that it started from, whole or not at all.
+
+    A student takes `nfe` steps by default; what has one time takes as many as the checkpoint's pipeline.
+    """
     model, source, found = _opened(run, weights)
     backbone = model.backbone
     index = json.loads((found.folder / "model_index.json").read_text())
@@ -112,6 +118,7 @@ def export_pretrained(run: Path, out: Path, *, weights: str = "ema") -> Path:
         merge_adapters(backbone)
     if backbone.two_times:
         _write_student(aside, backbone, found, index)
+        recommend(aside / "scheduler", num_inference_steps=nfe, guidance_scale=1.0)
     else:
         backbone.stock().save_pretrained(aside / part)
     (aside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -150,6 +157,13 @@ def _write_student(folder: Path, backbone: Any, found: Pretrained, index: dict[s
     scheduler.save_pretrained(folder / "scheduler")
     index["scheduler"] = ["diffusers", DDIMScheduler.__name__]
     index["_diffusers_version"] = diffusers.__version__
+
+
+def recommend(folder: Path, **arguments: float) -> None:
+    """Write into the config of a scheduler what a call of the pipeline is usually given."""
+    file = folder / "scheduler_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, two_time_pipeline.RECOMMENDED: arguments}, indent=2) + "\n")
 
 
 def _write_lora(folder: Path, backbone: Any, source: dict[str, Any]) -> None:

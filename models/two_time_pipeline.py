@@ -4,8 +4,10 @@ This file is copied into a published repository with layers.py, and imports only
 A student predicts what its teacher did, and jumps from s to t by DDIM's step, x_t = alpha(t) data + sigma(t)
 noise; so diffusers' DDIMScheduler with trailing steps samples it. The gap s - t of a step goes to the network
 as `timestep_cond`, or to a UNet2DModel as a class; all else, prompts included, is the pipeline's.
+The scheduler's config says under RECOMMENDED which arguments of a call are the default.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from diffusers import (
 from diffusers.utils.torch_utils import randn_tensor
 
 from .layers import GAP_RADIANS, GAP_WAVES, beside_timestep
+
+RECOMMENDED = "_recommended"  # diffusers keeps a name that begins so, and does not warn of it
 
 
 def jumps(scheduler: Any) -> list[tuple[int, int]]:
@@ -34,10 +38,18 @@ class TellsTheGap:
     scheduler: Any
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Sample as the pipeline does; `guidance_scale`, from 1 on, is told where the network takes it."""
+        """Sample as the pipeline does; what is not given is as the scheduler recommends.
+
+        `guidance_scale`, from 1 on, is told where the network takes it.
+        """
+        call: Any = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
+        signature = inspect.signature(call)
+        given = signature.bind_partial(*args, **kwargs).arguments
+        recommended = self.scheduler.config.get(RECOMMENDED, {})
+        left = (recommended.keys() & signature.parameters.keys()) - given.keys()
         told = self.unet.register_forward_pre_hook(self._tell, with_kwargs=True)
         try:
-            return super().__call__(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            return call(*args, **kwargs, **{name: recommended[name] for name in left})
         finally:
             told.remove()
 
@@ -72,12 +84,15 @@ class FlowMapDiTPipeline(DiTPipeline):
     def __call__(
         self,
         class_labels: list[int],
-        num_inference_steps: int = 4,
+        num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """Return pictures, one a class label; `output_type` is "pil", "np" or "pt", in [0, 1]."""
+        """Return pictures, one a class label; `output_type` is "pil", "np" or "pt", in [0, 1].
+
+        Steps are by default as many as the scheduler recommends, 4 where it says nothing.
+        """
         transformer: Any = self.transformer
         scheduler: Any = self.scheduler
         vae: Any = self.vae
@@ -85,7 +100,8 @@ class FlowMapDiTPipeline(DiTPipeline):
         shape = (count, *transformer.sample_shape)
         x = randn_tensor(shape, generator=generator, device=torch.device(device), dtype=dtype)
         labels = torch.as_tensor(class_labels, device=device)
-        scheduler.set_timesteps(num_inference_steps)
+        usual = scheduler.config.get(RECOMMENDED, {"num_inference_steps": 4})
+        scheduler.set_timesteps(num_inference_steps or usual["num_inference_steps"])
         for now, after in self.progress_bar(jumps(scheduler)):  # pyright: ignore
             s, t = (
                 torch.full((count,), (n + 1) / transformer.num_timesteps).to(device) for n in (now, after)

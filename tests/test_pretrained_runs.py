@@ -90,6 +90,17 @@ def test_folders_give_the_samples_of_their_runs_without_driftmap(
     assert max(found.values()) <= TOLERANCE, found
 
 
+def test_a_student_takes_as_many_steps_as_its_scheduler_recommends(
+    exported: dict[tuple[str, str], Path],
+) -> None:
+    for kind, given in (("dit", {"class_labels": [0]}), ("ddpm", {})):
+        folder = exported[kind, "student"].with_name(f"{kind}-student-out")
+        pipe: Any = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+        for asked, steps in (({}, 4), ({"num_inference_steps": 2}, 2)):
+            pipe(**given, **asked)
+            assert pipe.scheduler.num_inference_steps == steps
+
+
 @every_kind
 def test_a_fine_tuned_run_is_the_same_pipeline_again(
     folders: Path, kind: str, exported: dict[tuple[str, str], Path]

@@ -21,8 +21,9 @@ from driftmap.launch.card_data import recommended
 from driftmap.launch.export import Exported
 from driftmap.launch.hub import Repository
 from driftmap.launch.publish import PublishRequest, made, nfe_of, publish
+from driftmap.models.condition import Text
 from driftmap.models.samplers import jump, time_grid
-from driftmap.trainer.build import load_flow_map
+from driftmap.trainer.build import load_flow_map, load_model
 from driftmap.trainer.config import ConfigError
 from driftmap.trainer.evaluate import sample_noise
 from driftmap.trainer.published import check_published
@@ -54,45 +55,52 @@ def sent(hub):
     return [path for method, path in hub.requests if method in ("PUT", "DELETE") or "/commit/" in path]
 
 
-def loaded(hub, tmp_path, *places):
+def loaded(hub, tmp_path, embeds, base):
     """Return what published models make of one noise in a clean process with a clean cache."""
-    save_file({"noise": sample_noise(4, (2, 8, 8), seed=1)}, tmp_path / "noise.safetensors")
+    inputs = {"noise": sample_noise(4, (2, 8, 8), seed=1), "embeds": embeds}
+    save_file(inputs, tmp_path / "noise.safetensors")
     place = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
     place |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_TOKEN": "hf_ours"}
     files = [str(tmp_path / name) for name in ("noise.safetensors", "out.safetensors")]
-    command = [sys.executable, str(Path(__file__).with_name("load_published.py")), *files, *map(str, places)]
+    command = [sys.executable, str(Path(__file__).with_name("load_published.py")), *files, str(base)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | place
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert "are not expected and will be ignored" not in done.stderr, "of a config"
     return load_file(files[1])
 
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory):
-    """Adapters of a tiny Stable Diffusion after six steps: (run, the checkpoint)."""
+    """Adapters of a tiny Stable Diffusion, tuned in `run` and distilled from it in `student`; three steps."""
     home = tmp_path_factory.mktemp("lora")
     write_pipeline(home / "sd", "sd")
     write_shards(home / "shards", home / "sd")
     model = {"from_pretrained": str(home / "sd"), "lora": {"rank": 2, "alpha": 4.0}}
     trained(home, "run", "shards", model, {"name": "ddpm"}, data__label="text", optimizer={"lr": 1e-2})
-    return home / "run", home / "sd"
+    taught = {"teacher": {"run": str(home / "sd")}, "optimizer": {"lr": 1e-2}}
+    trained(home, "student", "shards", model, {"name": "lagrangian"}, data__label="text", **taught)
+    return home
 
 
 def test_what_is_published_samples_elsewhere_as_here(publishable, lora, hub, tmp_path, monkeypatch):
-    """A DiT and adapters come by LFS, a U-Net by xet; all are loaded in one clean process."""
+    """A DiT and adapters go by LFS, a U-Net by xet; all are loaded in one clean process."""
     dit = replace(
         request(publishable, "dit", space=True, licence="mit"), exported=Exported(variants=("bf16",))
     )
     assert publish(dit, Console())
     assert {path.split("/")[1] for path in sent(hub)} == {"lfs", "api"}
-    assert publish(PublishRequest(lora[0], "lab/lora", Exported()), Console())
+    tuned = PublishRequest(lora / "run", "lab/lora", Exported())
+    student = PublishRequest(lora / "student", "lab/student", Exported(nfe=2))
+    assert publish(tuned, Console()) and publish(student, Console())
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     hub.requests.clear()
     assert publish(request(publishable, "unet"), Console())
     assert [path.split("/")[1] for path in sent(hub)] == ["api"], "one commit, and no file by LFS"
     assert any("/xet-write-token/" in path for _, path in hub.requests)
 
-    theirs = loaded(hub, tmp_path, lora[1], lora[0] / "publish" / "model")
+    text = load_model(lora / "student").any_condition(4)
+    theirs = loaded(hub, tmp_path, text.tokens, lora / "sd")
     noise, labels = sample_noise(4, (2, 8, 8), seed=1), torch.arange(4)
     ours = {}
     for run in ("dit", "unet"):
@@ -101,18 +109,32 @@ def test_what_is_published_samples_elsewhere_as_here(publishable, lora, hub, tmp
         assert (theirs[f"lab/{run}"] - ours[run]).abs().max() <= 1e-5
     assert (ours["dit"] - ours["unet"]).abs().max() > 1e-3
     assert 1e-5 < (theirs["half"] - ours["dit"]).abs().max() < 0.1
-    merged = theirs["all of lab/lora"]
-    assert torch.equal(merged, theirs[f"all of {lora[0] / 'publish' / 'model'}"])
+    merged = theirs["merged"]
     torch.testing.assert_close(theirs["adapters"], merged, rtol=1e-4, atol=1e-4)
     assert (theirs["base"] - merged).abs().max() > 1e-3
+    assert_is_student(theirs["lab/student"], lora / "student", noise.repeat(1, 2, 1, 1), text.tokens)
 
     hub.requests.clear()
     monkeypatch.setattr("driftmap.launch.publish.check_export", None)  # nothing new, nothing to check
-    for asked in (dit, request(publishable, "unet"), PublishRequest(lora[0], "lab/lora", Exported())):
+    for asked in (dit, request(publishable, "unet"), tuned, student):
         assert not publish(asked, Console())
     assert sent(hub) == []
     assert_teaches(publishable, tmp_path, monkeypatch, noise)
     assert_linked(publishable / "dit", hub, tmp_path)
+
+
+def assert_is_student(theirs, run, noise, embeds):
+    """Assert that it made a student's samples, in the recommended steps; its LoRA file alone could not."""
+    whole = Text(embeds, torch.ones(embeds.shape[:2], dtype=torch.bool))
+    two, four = (jump(load_model(run), noise, grid=time_grid(n), condition=whole) for n in (2, 4))
+    assert (theirs - two).abs().max() <= 1e-5 * two.abs().max().clamp(min=1)
+    assert (four - two).abs().max() > 1e-2
+    folder = run / "publish" / "model"
+    files = (next((folder / name).glob("*.safetensors")) for name in ("unet", "lora"))
+    assert [any("cond_proj" in name for name in load_file(file)) for file in files] == [True, False]
+    card = (folder / "README.md").read_text()
+    assert "they do not give these samples. Load the pipeline as above" in card
+    assert "load_lora_weights" not in card and "| teacher | `sd`, guidance `1.0` |" in card
 
 
 def assert_teaches(publishable, tmp_path, monkeypatch, noise):
