@@ -23,7 +23,6 @@ import torch
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 
-from ..models import two_time_pipeline
 from ..models.backbones import stock_dit
 from ..models.condition import Condition, Text
 from ..models.denoiser import Denoiser
@@ -34,6 +33,7 @@ from ..trainer.config import ConfigError
 from ..trainer.tuning import lora_weights, merge_adapters, opened
 
 TOLERANCE = 1e-5  # of the largest number: a prediction of noise is divided by alpha(1), 0.07
+RECOMMENDED = "_recommended"  # as in models/two_time_pipeline.py, which takes long to import
 # A checkpoint's scheduler in the form whose steps are a denoiser's jumps along an even grid.
 EVEN = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False, "steps_offset": 0}
 PIPELINES = {
@@ -140,6 +140,7 @@ def _opened(run: Path, weights: str) -> tuple[Any, dict[str, Any], Pretrained]:
 
 
 def _write_student(folder: Path, backbone: Any, found: Pretrained, index: dict[str, Any]) -> None:
+    from ..models import two_time_pipeline  # not above: it imports all that Stable Diffusion needs
     from .export import copy_module
 
     copy_module(inspect.getfile(two_time_pipeline), folder / "pipeline.py")
@@ -163,7 +164,7 @@ def recommend(folder: Path, **arguments: float) -> None:
     """Write into the config of a scheduler what a call of the pipeline is usually given."""
     file = folder / "scheduler_config.json"
     config = json.loads(file.read_text())
-    file.write_text(json.dumps({**config, two_time_pipeline.RECOMMENDED: arguments}, indent=2) + "\n")
+    file.write_text(json.dumps({**config, RECOMMENDED: arguments}, indent=2) + "\n")
 
 
 def _write_lora(folder: Path, backbone: Any, source: dict[str, Any]) -> None:

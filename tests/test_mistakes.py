@@ -20,6 +20,7 @@ def template(tmp_path_factory):
     home = tmp_path_factory.mktemp("template")
     write_points(home / "points", "moons", n=100, seed=0)
     write_numbered(home / "classes", lambda n: {"points.npy": point(n), "cls": str(n % 3).encode()})
+    write_numbered(home / "bare", lambda n: {"points.npy": point(n)})
     write_numbered(home / "space", lambda n: {"points.npy": npy_bytes(np.full(3, n, np.float32))})
     write_numbered(home / "pictures", lambda n: {"png": picture(n)}, channels=1)
     config = write_config(home / "config.yaml", home / "points")
@@ -133,7 +134,7 @@ def classifier(**settings):
 def test_labels_beyond_the_classes(home):
     message = train(home, "model.num_classes=2", shards="classes")
     assert "num_classes 2" in message and "holds the class 2" in message and "set it to 3" in message
-    assert "holds no class labels" in train(home, "model.num_classes=2", shards="points")
+    assert "holds no class labels" in train(home, "model.num_classes=2", shards="bare")
 
 
 def test_samples_of_another_shape_than_the_network(home):

@@ -120,7 +120,9 @@ def test_a_student_starts_at_its_teacher_and_learns_jumps(
     x = torch.randn(4, *student.sample_shape)
     s, t = torch.tensor([1.0, 0.8, 0.4, 0.1]), torch.tensor([0.0, 0.2, 0.4, 0.7])
     condition = teacher.any_condition(4)
-    assert torch.equal(student.jump(x, s, t, condition), teacher.jump(x, s, t, condition))
+    born, taught = student.jump(x, s, t, condition), teacher.jump(x, s, t, condition)
+    # On several threads the sums of a kernel depend on where weights lie in memory.
+    assert (born - taught).abs().max() <= 1e-6 * taught.abs().max()
     learned: Any = load_model(exported[kind, "student"])
     difference = learned.predict(x, s, s, condition) - learned.predict(x, s, t, condition)
     assert difference[0].abs().max() > 1e-5
