@@ -44,7 +44,13 @@ from ..trainer.encode import autoencoder_of
 from ..trainer.evaluate import sample_noise
 from ..trainer.published import NETWORK
 from ..trainer.tuning import merge_adapters
-from .export_pretrained import check_pretrained, export_pretrained, is_of_checkpoint, recommend
+from .export_pretrained import (
+    check_pretrained,
+    export_pretrained,
+    is_of_checkpoint,
+    recommend,
+    replace_folder,
+)
 
 TOLERANCE = 1e-5  # of latents of unit variance
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -150,11 +156,7 @@ def export(run: Path, out: Path, chosen: Exported | None = None) -> Path:
         _write_variant(aside, model.backbone, variant)
     FlowMapEulerDiscreteScheduler(shift=chosen.shift).save_pretrained(aside / "scheduler")
     recommend(aside / "scheduler", num_inference_steps=chosen.nfe, guidance_scale=chosen.guidance)
-    old = out.with_name(f".{out.name}.old")
-    if out.exists():
-        os.rename(out, old)
-    os.rename(aside, out)
-    shutil.rmtree(old, ignore_errors=True)
+    replace_folder(out, by=aside)
     return out
 
 

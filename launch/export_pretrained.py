@@ -122,11 +122,7 @@ def export_pretrained(run: Path, out: Path, *, weights: str = "ema", nfe: int = 
     else:
         backbone.stock().save_pretrained(aside / part)
     (aside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    old = out.with_name(f".{out.name}.old")
-    if out.exists():
-        os.rename(out, old)
-    os.rename(aside, out)
-    shutil.rmtree(old, ignore_errors=True)
+    replace_folder(out, by=aside)
     return out
 
 
@@ -158,6 +154,15 @@ def _write_student(folder: Path, backbone: Any, found: Pretrained, index: dict[s
     scheduler.save_pretrained(folder / "scheduler")
     index["scheduler"] = ["diffusers", DDIMScheduler.__name__]
     index["_diffusers_version"] = diffusers.__version__
+
+
+def replace_folder(out: Path, *, by: Path) -> None:
+    """Put a folder that is whole in the place of another, if there is one."""
+    old = out.with_name(f".{out.name}.old")
+    if out.exists():
+        os.rename(out, old)
+    os.rename(by, out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def recommend(folder: Path, **arguments: float) -> None:
