@@ -5,7 +5,8 @@
     evaluation.py  from run folders to a table
     likelihood.py  from a run folder to likelihood.json; likelihood_request.py: what is asked of a model
     sampling.py    from a run folder to a grid of pictures; inversion.py: from pictures to noise and back
-    export.py      a run as a diffusers pipeline folder; export_pretrained.py: as that it started from
+    export.py      a run as a diffusers pipeline folder; export_pretrained.py: as that it started from;
+                   pipeline_folder.py: what both do with it
     publish.py     that folder with its card on the Hub: card.py, card_data.py; hub.py: one commit or none
     app.py         the page to try a published model, which needs no driftmap; trying.py: the page of a run
     submission.py  from a config to jobs, sweep.py: to many; slurm.py: through submitit; resources.py: what

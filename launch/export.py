@@ -12,15 +12,10 @@ The recommended steps and guidance are what the pipeline does by default, by its
 has them for code that uses it without the pipeline. The grid begins at noise, t_max = 1, in every model.
 """
 
-import ast
 import copy
 import inspect
 import json
-import os
-import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +26,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMapEulerDiscreteScheduler, ModelMixin, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from ..models import layers, pipeline
+from ..models import pipeline
 from ..models.backbones.unet import UNet
 from ..models.condition import Text
 from ..models.denoiser import Denoiser
@@ -44,13 +39,8 @@ from ..trainer.encode import autoencoder_of
 from ..trainer.evaluate import sample_noise
 from ..trainer.published import NETWORK
 from ..trainer.tuning import merge_adapters
-from .export_pretrained import (
-    check_pretrained,
-    export_pretrained,
-    is_of_checkpoint,
-    recommend,
-    replace_folder,
-)
+from .export_pretrained import check_pretrained, export_pretrained, is_of_checkpoint
+from .pipeline_folder import copy_module, recommend, replace_folder, run_alone
 
 TOLERANCE = 1e-5  # of latents of unit variance
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -201,25 +191,6 @@ def _write_variant(folder: Path, backbone: ModelMixin | UNet, variant: str) -> N
     half.save_pretrained(place, variant=variant)
 
 
-def copy_module(source: str, file: Path) -> None:
-    """Copy a module with all of `layers` in the place of its import, for it is one file that is fetched."""
-    text, inner = Path(source).read_text(), inspect.getsource(layers)
-    twice = _defined(text) & _defined(inner)
-    assert not twice, f"{source} and layers.py both define {twice}"
-    body = inner.removeprefix(f'"""{layers.__doc__}"""').strip()
-    whole, count = re.subn(r"^from \.+layers import (\([^)]*\)|.*)$", lambda _: body, text, flags=re.M)
-    assert count == 1, f"{source} imports layers {count} times"
-    file.write_text(whole)
-
-
-def _defined(source: str) -> set[str]:
-    """Return the names of functions, classes and values that a module defines."""
-    body = ast.parse(source).body
-    made = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
-    return made | {target.id for target in targets if isinstance(target, ast.Name)}
-
-
 def check_export(
     folder: Path,
     run: Path,
@@ -254,13 +225,8 @@ def check_export(
     with tempfile.TemporaryDirectory() as scratch:
         inputs, outputs = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
         save_file(given, inputs)
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch}
-        command = [sys.executable, "-c", _LOAD_AND_SAMPLE, str(folder.resolve()), str(inputs), str(outputs)]
-        done = subprocess.run(
-            command, env=environment, cwd=scratch, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise RuntimeError(f"{folder} does not load in a fresh process:\n{done.stderr}")
+        places = (str(folder.resolve()), str(inputs), str(outputs))
+        run_alone(_LOAD_AND_SAMPLE, *places, scratch=scratch, what=str(folder))
         theirs = load_file(outputs)["latents"]
     difference = (ours - theirs).abs().max().item()
     if difference > TOLERANCE:

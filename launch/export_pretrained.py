@@ -4,16 +4,13 @@ What has one time is the pipeline that it was, and stock diffusers loads it. A s
 still diffusers' class, and `pipeline.py` tells it the gap (trust_remote_code=True); a DiT brings its class
 along. Adapters (LoRA) are merged into the network, and stand as diffusers' LoRA file in `lora/` besides; of
 a student that file is a part only, for the input of the gap is no adapter: its merged pipeline is the whole.
-A student's scheduler says how many steps and which guidance are the default (RECOMMENDED). Its grid is even
+A student's scheduler says how many steps and which guidance are the default. Its grid is even
 and begins at t_max = 1, so neither a shift nor a t_max is said.
 """
 
 import inspect
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -31,9 +28,9 @@ from ..models.samplers import jump, time_grid
 from ..trainer.build import load_model, settings_of_run
 from ..trainer.config import ConfigError
 from ..trainer.tuning import lora_weights, merge_adapters, opened
+from .pipeline_folder import copy_module, recommend, replace_folder, run_alone
 
 TOLERANCE = 1e-5  # of the largest number: a prediction of noise is divided by alpha(1), 0.07
-RECOMMENDED = "_recommended"  # as in models/two_time_pipeline.py, which takes long to import
 # A checkpoint's scheduler in the form whose steps are a denoiser's jumps along an even grid.
 EVEN = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False, "steps_offset": 0}
 PIPELINES = {
@@ -137,7 +134,6 @@ def _opened(run: Path, weights: str) -> tuple[Any, dict[str, Any], Pretrained]:
 
 def _write_student(folder: Path, backbone: Any, found: Pretrained, index: dict[str, Any]) -> None:
     from ..models import two_time_pipeline  # not above: it imports all that Stable Diffusion needs
-    from .export import copy_module
 
     copy_module(inspect.getfile(two_time_pipeline), folder / "pipeline.py")
     index["_class_name"] = ["pipeline", PIPELINES[index["_class_name"]]]
@@ -154,22 +150,6 @@ def _write_student(folder: Path, backbone: Any, found: Pretrained, index: dict[s
     scheduler.save_pretrained(folder / "scheduler")
     index["scheduler"] = ["diffusers", DDIMScheduler.__name__]
     index["_diffusers_version"] = diffusers.__version__
-
-
-def replace_folder(out: Path, *, by: Path) -> None:
-    """Put a folder that is whole in the place of another, if there is one."""
-    old = out.with_name(f".{out.name}.old")
-    if out.exists():
-        os.rename(out, old)
-    os.rename(by, out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recommend(folder: Path, **arguments: float) -> None:
-    """Write into the config of a scheduler what a call of the pipeline is usually given."""
-    file = folder / "scheduler_config.json"
-    config = json.loads(file.read_text())
-    file.write_text(json.dumps({**config, RECOMMENDED: arguments}, indent=2) + "\n")
 
 
 def _write_lora(folder: Path, backbone: Any, source: dict[str, Any]) -> None:
@@ -213,14 +193,8 @@ def differences(
             inputs, outputs = (f"{scratch}/{kind}-{number}.safetensors" for kind in ("in", "out"))
             save_file({name: value.contiguous() for name, value in given.items()}, inputs)
             jobs.append([str(folder.resolve()), inputs, outputs, EVEN, model.backbone.two_times])
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch}
-        command = [sys.executable, "-c", _LOAD_AND_SAMPLE, json.dumps(jobs)]
-        done = subprocess.run(
-            command, env=environment, cwd=scratch, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            folders = ", ".join(str(folder) for folder, _ in exported)
-            raise RuntimeError(f"{folders}: does not load in a fresh process:\n{done.stderr}")
+        folders = ", ".join(str(folder) for folder, _ in exported)
+        run_alone(_LOAD_AND_SAMPLE, json.dumps(jobs), scratch=scratch, what=f"{folders}:")
         theirs = [load_file(outputs)["x"] for _, _, outputs, _, _ in jobs]
     return [
         ((a - b).abs().max() / a.abs().max().clamp(min=1)).item() for a, b in zip(ours, theirs, strict=True)

@@ -21,6 +21,10 @@ from pathlib import Path
 
 import yaml
 
+from driftmap.trainer.build import train
+from driftmap.trainer.config import read_config
+from driftmap.trainer.recipe import recipe_from
+
 # The last one is what the first step of an optimizer imports.
 MODULES = ["pytest", "driftmap.launch.cli", "driftmap.launch.evaluation", "torch._dynamo", "deepspeed"]
 os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed asks for it when it is imported
@@ -149,6 +153,15 @@ def read_losses(folder: Path) -> dict[int, dict[str, float]]:
         }
         for line in read_log(folder / "log.jsonl")[0]
     }
+
+
+def losses_of_one_and_two(config: Path, folder: Path, *overrides: str) -> list[dict[int, dict[str, float]]]:
+    """Train a config in this process, and with overrides in two; return the losses of both by their steps."""
+    words = ("train", config, *overrides, "--out", folder / "two")
+    for command in launched(2, *words, logs=folder / "two"):
+        command.succeeded()
+    train(recipe_from(read_config(config)), folder / "one")
+    return [read_losses(folder / name) for name in ("one", "two")]
 
 
 def checkpoints(folder: Path) -> dict[str, dict]:

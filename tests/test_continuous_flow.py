@@ -23,7 +23,7 @@ from driftmap.trainer.objectives.continuous_flow import ContinuousFlow
 from driftmap.trainer.recipe import recipe_from
 from driftmap.trainer.seeds import Random
 from oracle import exact, gaussian_batch
-from runs import driftmap, launched, read_losses, write_config
+from runs import driftmap, losses_of_one_and_two, read_losses, write_config
 
 MODEL = {"name": "mlp", "channels": 2, "width": 16, "depth": 1, "num_classes": 2}
 OBJECTIVE = {"name": "continuous_flow", "solver": "rk4:3", "condition_dropout": 0.2}
@@ -179,11 +179,7 @@ def recipe(home, name, **changes):
 @pytest.mark.parametrize("strategy", ["ddp", "zero2"])
 def test_two_processes_train_what_one_does(home, tmp_path, strategy):
     recipe(home, "pair", objective=OBJECTIVE, training={"steps": 3, "save_every": 3, "log_every": 1})
-    words = ("train", home / "pair.yaml", f"strategy.name={strategy}", "--out")
-    for command in launched(2, *words, tmp_path / "two", logs=tmp_path / "two"):
-        command.succeeded()
-    train(recipe_from(read_config(home / "pair.yaml")), tmp_path / "one")
-    one, two = (read_losses(tmp_path / name) for name in ("one", "two"))
+    one, two = losses_of_one_and_two(home / "pair.yaml", tmp_path, f"strategy.name={strategy}")
     assert one.keys() == two.keys() == {1, 2, 3} and one[1]["evaluations"] == 12
     for step in one:
         assert two[step] == pytest.approx(one[step], rel=1e-5, abs=1e-5)

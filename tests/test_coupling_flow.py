@@ -19,7 +19,7 @@ from driftmap.trainer.objective import Batch
 from driftmap.trainer.objectives.discrete_flow import DiscreteFlow
 from driftmap.trainer.recipe import recipe_from
 from driftmap.trainer.seeds import Random
-from runs import driftmap, launched, read_losses, write_config
+from runs import driftmap, losses_of_one_and_two, write_config
 
 SPLINE = partial(zuko.transforms.MonotonicRQSTransform, slope=1e-3)
 THEIRS = {"affine": {}, "spline": {"univariate": SPLINE, "shapes": [(8,), (8,), (7,)]}}
@@ -117,10 +117,7 @@ def test_a_run_is_measured_and_goes_on(home, tmp_path):
 
 def test_two_processes_train_what_one_does(home, tmp_path):
     recipe(home, "pair", objective=OBJECTIVE, training={"steps": 3, "save_every": 3, "log_every": 1})
-    for command in launched(2, "train", home / "pair.yaml", "--out", tmp_path / "two", logs=tmp_path / "two"):
-        command.succeeded()
-    train(recipe_from(read_config(home / "pair.yaml")), tmp_path / "one")
-    one, two = (read_losses(tmp_path / name) for name in ("one", "two"))
+    one, two = losses_of_one_and_two(home / "pair.yaml", tmp_path)
     assert one.keys() == two.keys() == {1, 2, 3}
     for step in one:
         assert two[step] == pytest.approx(one[step], rel=1e-5, abs=1e-5)

@@ -21,7 +21,7 @@ from driftmap.trainer.objective import Batch, path_velocity
 from driftmap.trainer.objectives.distribution_matching import DistributionMatching
 from driftmap.trainer.recipe import recipe_from
 from driftmap.trainer.seeds import Random
-from runs import launched, read_losses, write_config
+from runs import losses_of_one_and_two, read_losses, write_config
 
 OBJECTIVE = {"name": "neural_flow", "volatility": "learned", "transform": {"width": 16}}
 PATH = {"name": "log_linear"}
@@ -135,11 +135,7 @@ def test_its_bound_is_measured_and_what_has_no_meaning_is_refused(home, tmp_path
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero3"])
 def test_two_processes_train_what_one_does(home, tmp_path, strategy):
     recipe(home, "pair", objective=OBJECTIVE, training={"steps": 3, "save_every": 3, "log_every": 1})
-    words = ("train", home / "pair.yaml", f"strategy.name={strategy}", "--out")
-    for command in launched(2, *words, tmp_path / "two", logs=tmp_path / "two"):
-        command.succeeded()
-    train(recipe_from(read_config(home / "pair.yaml")), tmp_path / "one")
-    one, two = (read_losses(tmp_path / name) for name in ("one", "two"))
+    one, two = losses_of_one_and_two(home / "pair.yaml", tmp_path, f"strategy.name={strategy}")
     assert one.keys() == two.keys() == {1, 2, 3}
     for step in one:
         assert two[step] == pytest.approx(one[step], rel=1e-5, abs=1e-5)

@@ -182,7 +182,7 @@ def load_model(folder: Path, *, weights: str = "ema") -> nn.Module:
     Raises ConfigError where the folder is no run, CheckpointError where it has no checkpoint yet.
     """
     if is_pretrained(folder):
-        return model_of_checkpoint(folder, make_network)
+        return model_of_checkpoint(folder)
     model = loaded(make_network(settings_of_run(folder)), folder, weights=weights)
     return model.eval().requires_grad_(False)
 
@@ -232,18 +232,18 @@ def _model(recipe: Recipe) -> tuple[nn.Module, dict[str, Any]]:
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         if "from_pretrained" in recipe.model:
-            model, network = of_checkpoint(recipe, make_network)
+            model, network = of_checkpoint(recipe)
         elif "from_run" in recipe.model:
             source = Path(recipe.model["from_run"])
             added = {key: value for key, value in recipe.model.items() if key != "from_run"}
             tuned = {key: added.pop(key) for key in ("lora", "train") if key in added}
-            if learns_jumps(recipe.objective) and "two_times" in settings_of_run(source):
+            old = settings_of_run(source)
+            if learns_jumps(recipe.objective) and "two_times" in old:
                 added["two_times"] = True
-            network = with_inputs(settings_of_run(source), added, source=source)
-            was = network.get("means")
-            network["means"] = meaning_after(was, recipe.objective, source=source)
+            network = with_inputs(old, added, source=source)
+            network["means"] = meaning_after(old.get("means"), recipe.objective, source=source)
             model = make_network(network)
-            if kind_of(was) == kind_of(network["means"]):
+            if kind_of(old.get("means")) == kind_of(network["means"]):
                 loaded(model, source, grow=bool(added))
             else:
                 model.start_from(load_flow_map(source))

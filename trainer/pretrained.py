@@ -21,6 +21,7 @@ from .pretrained_section import PretrainedSection
 from .published import is_published, model_of_published, settings_of_published
 from .recipe import Recipe
 from .rule import Rule
+from .start import make_network
 from .tuning import fill, fingerprint_of, opened
 
 LEVEL_TOLERANCE = 1e-5
@@ -69,7 +70,7 @@ def meaning_of_checkpoint(found: Pretrained) -> dict[str, Any]:
     return said | {"data_std": 1.0, "variance": "learned" if found.learned_variance else "fixed"}
 
 
-def of_checkpoint(recipe: Recipe, make: Any) -> tuple[nn.Module, dict[str, Any]]:
+def of_checkpoint(recipe: Recipe) -> tuple[nn.Module, dict[str, Any]]:
     """Return the model that a recipe's `from_pretrained` starts from, and its network's settings."""
     section = TypeAdapter(PretrainedSection).validate_python(recipe.model)
     found = opened(section.from_pretrained, section.subfolder, key="model.from_pretrained")
@@ -98,7 +99,7 @@ def of_checkpoint(recipe: Recipe, make: Any) -> tuple[nn.Module, dict[str, Any]]
     if some := section.lora is not None or len(section.train) > 0:
         network["source"]["weights"] = fingerprint_of(found.weights(section.variant))
     try:
-        model = make(network)
+        model: Any = make_network(network)
     except ConfigError:
         raise
     except ValueError as error:
@@ -109,12 +110,12 @@ def of_checkpoint(recipe: Recipe, make: Any) -> tuple[nn.Module, dict[str, Any]]
     return model, network
 
 
-def model_of_checkpoint(place: Path | str, make: Any) -> FlowMap:
+def model_of_checkpoint(place: Path | str) -> FlowMap:
     """Return the network of a checkpoint with one time, frozen: a teacher, or what to compare with."""
     if is_published(place):
-        return model_of_published(place, make)
+        return model_of_published(place)
     found = opened(str(place), None, key="run")
-    model = make(settings_of_checkpoint(place))
+    model: Any = make_network(settings_of_checkpoint(place))
     fill(model.backbone, found, None)
     _listen(model.backbone, found, "")
     return model.eval().requires_grad_(False)

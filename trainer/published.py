@@ -5,18 +5,15 @@ safetensors, and none of the code beside them is run.
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from diffusers import AutoencoderKL
-from torch import nn
 
 from ..data.shards import ShardSet
 from ..models.flow_map import FlowMap
 from ..models.pretrained import found_folder, read_weights
 from .checkpoint import fingerprint, load_weights
 from .config import ConfigError
+from .start import make_network
 
 NETWORK = "network.json"
 NETWORKS = {"dit": "transformer", "unet": "unet"}  # what is published, and where its weights are
@@ -42,10 +39,10 @@ def settings_of_published(place: Path | str) -> dict[str, Any]:
     return settings
 
 
-def model_of_published(place: Path | str, make: Callable[[dict[str, Any]], nn.Module]) -> FlowMap:
+def model_of_published(place: Path | str) -> FlowMap:
     """Return the model of a published pipeline, frozen."""
     settings, folder = settings_of_published(place), found_folder(str(place))
-    model = make(settings)
+    model = make_network(settings)
     assert isinstance(model, FlowMap)
     try:
         weights = read_weights(folder / NETWORKS[settings["name"]])
@@ -61,6 +58,8 @@ def check_published(place: Path | str, shards: ShardSet) -> None:
     """Raise ConfigError where a published pipeline has another autoencoder than that of the latents."""
     if "latents" not in shards.info or not is_published(place):
         return
+    from diffusers import AutoencoderKL  # seconds of import that other teachers do not need
+
     folder = found_folder(str(place)) / "vae"
     found = fingerprint(AutoencoderKL.from_pretrained(folder)) if folder.is_dir() else "none"
     if found != shards.info["encoder"]:
