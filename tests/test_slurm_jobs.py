@@ -220,6 +220,7 @@ def test_one_of_a_sweep_that_is_cancelled_does_not_come_back(slurm, work):
     time.sleep(REQUEUE_S + 2)
     words = [states_of(jobs)[job.job_id].word for job in jobs]
     assert words == ["CANCELLED", "RUNNING"]
-    assert len(read_losses(jobs[0].folder)) == newest(jobs[0].folder).state["step"], "it has saved all"
+    folder = jobs[0].folder
+    wait(lambda: len(read_losses(folder)) == newest(folder).state["step"], SAVED_S, "it has saved all")
     slurm.told("scancel", jobs[1].job_id)
     wait(lambda: states_of(jobs)[jobs[1].job_id].over, SAVED_S, "the other one is cancelled")
