@@ -32,7 +32,7 @@ from ..trainer.fragment import Fragment
 from ..trainer.objective import Objective
 from ..trainer.progress import progress
 from ..trainer.recipe import OBJECTIVES
-from ..trainer.times import Pairs
+from ..trainer.times import Pairs, Uniform
 from .bench_loader import row
 from .checkerboard_measure import (
     CELLS,
@@ -74,7 +74,8 @@ class Setting:
     state_frequencies: int = 8
     lr: float = 3e-3
     hold_steps: int = 1000  # then the rate falls with the root of the step
-    diagonal: float = 0.75
+    diagonal: float = 0.5
+    shift: float = 0.4  # of the times of training, towards the data
     weighting: str = "constant"
     clip: float = 10.0
     ema_width: float = 0.1
@@ -99,12 +100,19 @@ class Training:
         self.rule, self.setting = rule, setting
         torch.manual_seed(setting.seed)
         self.model = FlowMap(
-            MLP(width=setting.width, depth=setting.depth, state_frequencies=setting.state_frequencies)
+            MLP(
+                width=setting.width,
+                depth=setting.depth,
+                state_frequencies=setting.state_frequencies,
+                modulated=True,
+            )
         )
         kind = plugin_class(OBJECTIVES, RULES[rule]["name"], place="objective")
         arguments = {key: value for key, value in RULES[rule].items() if key != "name"}
         self.objective: Objective = kind(
-            pairs=Pairs(diagonal=setting.diagonal), weighting={"name": setting.weighting}, **arguments
+            pairs=Pairs(times=Uniform(shift=setting.shift), diagonal=setting.diagonal),
+            weighting={"name": setting.weighting},
+            **arguments,
         )
         self.model.log_variance = log_variance_of(self.objective)
         parameters = dict(self.model.named_parameters())

@@ -68,15 +68,33 @@ def test_batches_are_a_stream_without_seams():
     assert not torch.equal(whole.data, batch(0, 64, seed=4).data)
 
 
-def test_waves_of_the_state_are_seen_and_differentiated():
+@pytest.mark.parametrize("modulated", [False, True])
+def test_waves_of_the_state_and_times_are_seen_and_differentiated(modulated):
     torch.manual_seed(0)
-    network, (x, along) = MLP(width=16, state_frequencies=3).double(), torch.randn(2, 5, 2).double()
-    s, t, step = torch.rand(5).double(), torch.rand(5).double(), 1e-5
+    network = MLP(width=16, state_frequencies=3, modulated=modulated).double()
+    with torch.no_grad():
+        for block in network.blocks:
+            if modulated:  # which starts at zero
+                block.modulation.weight.normal_()
+    x, along, (s, t, later) = *torch.randn(2, 5, 2).double(), torch.rand(3, 5).double()
+    step = 1e-5
     assert network.inputs.in_features == 2 + 2 * 2 * 3 + 4 * network.frequencies
     with forward_ad.dual_level():
-        _, slope = forward_ad.unpack_dual(network(forward_ad.make_dual(x, along), s, t))
-    difference = (network(x + step * along, s, t) - network(x - step * along, s, t)) / (2 * step)
-    assert torch.allclose(slope, difference, atol=1e-8)
+        dual, end = forward_ad.make_dual(x, along), forward_ad.make_dual(t, later)
+        _, slope = forward_ad.unpack_dual(network(dual, s, end))
+    ahead, behind = (network(x + h * along, s, t + h * later) for h in (step, -step))
+    assert torch.allclose(slope, (ahead - behind) / (2 * step), atol=1e-8)
+
+
+def test_modulated_blocks_start_as_plain_ones_and_use_the_times():
+    torch.manual_seed(0)
+    network, (x, s, t) = MLP(width=16, modulated=True), (torch.randn(5, 2), torch.rand(5), torch.rand(5))
+    before = network(x, s, t)
+    plain = MLP(width=16)
+    plain.load_state_dict(network.state_dict(), strict=False)
+    assert torch.equal(plain(x, s, t), before)
+    network.blocks[0].modulation.weight.data.normal_()
+    assert not torch.allclose(network(x, s, t), before)
 
 
 def test_a_killed_training_goes_on_exactly(tmp_path):

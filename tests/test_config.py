@@ -82,7 +82,7 @@ MISTAKES = {
     "teacher={run: r, guidence: 2}": "teacher.guidence: no such key; did you mean 'guidance'? "
     "(there are: guidance, guidance_interval, guidance_rescale, precision, run, shard, weak, weights)",
     "model.widht=3": "model.widht: no such key; did you mean 'width'? "
-    "(there are: channels, depth, num_classes, out_channels, state_frequencies, width)",
+    "(there are: channels, depth, modulated, num_classes, out_channels, state_frequencies, width)",
     "objective.conditon_dropout=.1": "objective.conditon_dropout: no such key; "
     "did you mean 'condition_dropout'? (there are: condition_dropout, coupling, guidance, path, times)",
     "objective.times={name: logit_normal, mena: 1}": "objective.times.mena: no such key; "
