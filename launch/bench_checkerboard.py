@@ -7,8 +7,9 @@ measured is in checkerboard_measure.py.
 Published: Boffi, Albergo and Vanden-Eijnden, "How to build a consistency model", 2025, the table of
 flow-maps.github.io: 250,000 steps of 100,000 points, a plain network of 4 layers of 512 with GELU. How it
 estimates the KL is not documented, so a ratio to it says how far two numbers are apart, not how far two
-models are. Ours is a smaller network that sees waves of the state, and few steps: on a processor the
-published one has hardly begun after the same minutes.
+models are. Ours sees the coordinates alone, too, but is smaller, is modulated by the times, and takes some
+10,000 steps of 2,048 points, a 1,200th of theirs. With waves of the state (`state_frequencies`), which fit
+the edges of the squares, every KL is far smaller, and that of the flow falls further than those of jumps.
 """
 
 import itertools
@@ -66,12 +67,12 @@ PUBLISHED = {
 class Setting:
     """What is the same for all rules: budget, network and optimizer."""
 
-    minutes: float = 20.0  # of processor time
+    minutes: float = 10.0  # of processor time
     steps: int | None = None  # end earlier, after so many
     batch_size: int = 2048
     width: int = 128
     depth: int = 2  # of two layers
-    state_frequencies: int = 8
+    state_frequencies: int = 0
     lr: float = 3e-3
     hold_steps: int = 1000  # then the rate falls with the root of the step
     diagonal: float = 0.5

@@ -22,7 +22,7 @@ from ..trainer.objective import Batch
 from ..trainer.seeds import Random
 
 FLOW_STEPS = 100  # of Euler's method along the diagonal
-SHIFT = 0.25  # of the times between jumps: shorter ones towards the data, where the edges get sharp
+SHIFT = 0.4  # of the times between jumps: shorter ones towards the data, where the edges get sharp
 CELLS = 32  # a side
 NUM_SETS = 3  # of samples, for medians and extremes
 AT_ONCE = 2**13  # samples through the network

@@ -55,17 +55,18 @@ def bench_checkerboard(
         list[str] | None,
         typer.Option(help="lagrangian, eulerian, semigroup or 'semigroup uniform'; repeatable"),
     ] = None,
-    minutes: Annotated[float, typer.Option(min=0, help="processor time of a rule's training")] = 20.0,
+    minutes: Annotated[float, typer.Option(min=0, help="processor time of a rule's training")] = 10.0,
     steps: Annotated[
         int | None, typer.Option(min=1, help="end after so many steps, if that is sooner")
     ] = None,
+    waves: Annotated[int, typer.Option(min=0, help="of the state that the network sees beside it")] = 0,
     num_samples: Annotated[int, typer.Option("--samples", min=1, help="in a set that is measured")] = 2**16,
 ) -> None:
     """Train flow maps from scratch on the checkerboard by each rule; their KL beside the published one."""
     from .bench import show
     from .bench_checkerboard import Setting, checkerboard
 
-    setting = Setting(minutes=minutes, steps=steps, num_samples=num_samples)
+    setting = Setting(minutes=minutes, steps=steps, state_frequencies=waves, num_samples=num_samples)
     rules = rule or ["lagrangian", "eulerian", "semigroup"]
     show(checkerboard(rules, setting, out=out), json_file, console)
 
