@@ -55,10 +55,10 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.frequencies, self.state_frequencies = 8, state_frequencies
-        self.inputs = nn.Linear(channels * (1 + 2 * state_frequencies) + 4 * self.frequencies, width)
-        waves = 4 * self.frequencies
-        self.times = nn.Sequential(nn.Linear(waves, waves), nn.SiLU()) if modulated else None
-        self.blocks = nn.ModuleList(Block(width, waves if modulated else None) for _ in range(depth))
+        seen = 4 * self.frequencies  # of the times
+        self.inputs = nn.Linear(channels * (1 + 2 * state_frequencies) + seen, width)
+        self.times = nn.Sequential(nn.Linear(seen, seen), nn.SiLU()) if modulated else None
+        self.blocks = nn.ModuleList(Block(width, seen if modulated else None) for _ in range(depth))
         self.out_channels = out_channels or channels
         self.outputs = nn.Linear(width, self.out_channels)
         self.labels = nn.Embedding(num_classes + 1, width) if num_classes else None
