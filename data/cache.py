@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 import threading
 from collections.abc import Collection, Iterator
@@ -99,7 +100,7 @@ class Cache:
         if num_bytes > self.max_bytes:
             return None
         with self.lock(self.folder / "reserve"):
-            entries = list(_entries(self.folder))
+            entries = _entries(self.folder)
             used = sum(entry.num_bytes for entry in entries)
             for entry in sorted(entries, key=lambda entry: entry.rank):
                 if used + num_bytes <= self.max_bytes and not entry.made_for:
@@ -152,20 +153,27 @@ class _Entry:
         return kind, self.used
 
 
-def _entries(folder: Path) -> Iterator[_Entry]:
+def _entries(folder: Path) -> list[_Entry]:
+    """Return the files of the cache, also those that are renamed while they are listed."""
+    found = {}
     for file in folder.rglob("*"):
-        try:
-            state = file.stat()
-        except FileNotFoundError:  # another process has renamed or removed it
-            continue
-        if not file.is_file() or file.suffix == ".lock":
-            continue
         match = _TEMPORARY.fullmatch(file.name)
-        if match is None:
-            yield _Entry(file, state.st_size, state.st_mtime_ns, None)
-        else:
-            num_bytes = max(state.st_size, int(match.group(2)))
-            yield _Entry(file, num_bytes, state.st_mtime_ns, file.with_name(match.group(1)))
+        whole = file.with_name(match.group(1)) if match else file
+        if state := _state(file):
+            num_bytes = max(state.st_size, int(match.group(2))) if match else state.st_size
+            found[file] = _Entry(file, num_bytes, state.st_mtime_ns, whole if match else None)
+        elif match and (state := _state(whole)):
+            found[whole] = _Entry(whole, state.st_size, state.st_mtime_ns, None)
+    return list(found.values())
+
+
+def _state(file: Path) -> os.stat_result | None:
+    """Return the state of a file that counts; None of what another process has removed or renamed."""
+    try:
+        state = file.stat()
+    except FileNotFoundError:
+        return None
+    return state if stat.S_ISREG(state.st_mode) and file.suffix != ".lock" else None
 
 
 def _remove(entry: _Entry, *, mine: Path) -> bool:

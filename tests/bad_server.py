@@ -133,25 +133,35 @@ def assert_same(left, right):
             assert torch.equal(one[name], other[name]), name
 
 
-def held_bytes(folder):
-    """Count what lies in a cache, files that still grow included."""
-    total = 0
+def held_files(folder):
+    """Return the sizes of what lies in a cache, files that still grow included."""
+    sizes = {}
     for file in folder.rglob("*"):
         try:
-            total += file.stat().st_size if file.is_file() else 0
+            sizes[file] = file.stat().st_size if file.is_file() else 0
         except FileNotFoundError:
             continue
-    return total
+    return sizes
+
+
+def held_bytes(folder):
+    """Count them."""
+    return sum(held_files(folder).values())
 
 
 @contextmanager
 def watched(folder):
-    """Collect the sizes of a cache all the time."""
+    """Collect the sizes of a cache all the time, where it stood still meanwhile.
+
+    A file that goes after it was counted and one that comes before it is counted were never there both.
+    """
     sizes, done = [], threading.Event()
 
     def watch():
         while not done.is_set():
-            sizes.append(held_bytes(folder))
+            files = held_files(folder)
+            if files == held_files(folder):
+                sizes.append(sum(files.values()))
             time.sleep(0.002)
 
     thread = threading.Thread(target=watch)
