@@ -186,7 +186,10 @@ def _remove(entry: _Entry, *, mine: Path) -> bool:
             except Timeout:
                 return False
             lock.release()
-        entry.file.unlink(missing_ok=True)
+        try:
+            entry.file.unlink()
+        except FileNotFoundError:
+            return not entry.made_for.exists()  # else it has become whole meanwhile
         return True
     try:
         descriptor = os.open(entry.file, os.O_RDONLY)

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +21,7 @@ from bad_server import (
     watched,
 )
 from driftmap.data.batch import Batches, Stream, ordered
-from driftmap.data.cache import Cache
+from driftmap.data.cache import Cache, _Entry
 from driftmap.data.plan import Plan
 from driftmap.data.prefetch import Ahead
 from driftmap.data.reader import Reader
@@ -139,6 +140,19 @@ def test_a_small_cache_keeps_its_bound_and_gives_the_same_batches(local, tmp_pat
     assert NUM_SHARDS < stats["downloads"] <= 2.5 * NUM_SHARDS  # what is fetched ahead is there when needed
     assert len(sizes) > 20
     assert bound / 2 < max(sizes) <= bound
+
+
+@pytest.mark.parametrize("when", ["listed", "removed"])
+def test_a_file_that_is_renamed_meanwhile_is_counted(when, tmp_path, monkeypatch):
+    """Its old name was found, and is gone when it is looked at, or when it is to be removed."""
+    whole, growing = tmp_path / "one.tar", tmp_path / "one.tar.60.0123abcd.tmp"
+    whole.write_bytes(bytes(60))
+    if when == "listed":
+        monkeypatch.setattr(Path, "rglob", lambda *_: iter([growing]))
+    else:
+        found = _Entry(growing, 60, 0, made_for=whole)
+        monkeypatch.setattr("driftmap.data.cache._entries", lambda _: [found])
+    assert Cache(tmp_path, 100).reserve(tmp_path / "other.tar", 50, spare=[tmp_path]) is None
 
 
 def test_a_cache_smaller_than_a_shard_reads_samples_alone(local, tmp_path):
