@@ -74,10 +74,14 @@ class MLP(nn.Module):
         """Return the mean velocity (B, channels), or what there is in `out_channels`."""
         scale = torch.arange(1, self.frequencies + 1, dtype=x.dtype, device=x.device)
         waves = torch.arange(1, self.state_frequencies + 1, dtype=x.dtype, device=x.device) * math.pi
-        times = torch.cat([s[:, None] * scale, (s - t)[:, None] * scale], dim=1)
-        angles = torch.cat([times, (x[:, :, None] * waves).flatten(1)], dim=1)
-        hidden = self.inputs(torch.cat([x, angles.sin(), angles.cos()], dim=1))
-        seen = None if self.times is None else self.times(torch.cat([times.sin(), times.cos()], dim=1))
+        times = [s[:, None] * scale, (s - t)[:, None] * scale]
+        angles = torch.cat([*times, (x[:, :, None] * waves).flatten(1)], dim=1)
+        sines, cosines = angles.sin(), angles.cos()
+        hidden = self.inputs(torch.cat([x, sines, cosines], dim=1))
+        seen = None
+        if self.times is not None:
+            of_times = slice(2 * self.frequencies)
+            seen = self.times(torch.cat([sines[:, of_times], cosines[:, of_times]], dim=1))
         if self.labels is not None:
             missing = torch.full((len(x),), self.labels.num_embeddings - 1, device=x.device)
             hidden = hidden + self.labels(missing if condition is None else condition)
