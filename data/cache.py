@@ -17,7 +17,6 @@ import os
 import re
 import secrets
 import shutil
-import stat
 import tempfile
 import threading
 from collections.abc import Collection, Iterator
@@ -99,8 +98,8 @@ class Cache:
         """
         if num_bytes > self.max_bytes:
             return None
-        with self.lock(self.folder / "reserve"):
-            entries = _entries(self.folder)
+        with self._counting():
+            entries = list(_entries(self.folder))
             used = sum(entry.num_bytes for entry in entries)
             for entry in sorted(entries, key=lambda entry: entry.rank):
                 if used + num_bytes <= self.max_bytes and not entry.made_for:
@@ -113,6 +112,14 @@ class Cache:
             temporary = file.with_name(f"{file.name}.{num_bytes}.{secrets.token_hex(4)}.tmp")
             temporary.touch()
             return temporary
+
+    def keep(self, temporary: Path, file: Path) -> None:
+        """Give a file that is whole its own name, but not while room is counted: it would be missed."""
+        with self._counting():
+            temporary.replace(file)
+
+    def _counting(self) -> contextlib.AbstractContextManager[None]:
+        return self.lock(self.folder / "reserve")
 
     def open(self, file: Path, num_bytes: int) -> int | None:
         """Return a descriptor of a whole file that keeps it from being removed; None if it is not here."""
@@ -153,27 +160,20 @@ class _Entry:
         return kind, self.used
 
 
-def _entries(folder: Path) -> list[_Entry]:
-    """Return the files of the cache, also those that are renamed while they are listed."""
-    found = {}
+def _entries(folder: Path) -> Iterator[_Entry]:
     for file in folder.rglob("*"):
+        try:
+            state = file.stat()
+        except FileNotFoundError:  # another process has removed it
+            continue
+        if not file.is_file() or file.suffix == ".lock":
+            continue
         match = _TEMPORARY.fullmatch(file.name)
-        whole = file.with_name(match.group(1)) if match else file
-        if state := _state(file):
-            num_bytes = max(state.st_size, int(match.group(2))) if match else state.st_size
-            found[file] = _Entry(file, num_bytes, state.st_mtime_ns, whole if match else None)
-        elif match and (state := _state(whole)):
-            found[whole] = _Entry(whole, state.st_size, state.st_mtime_ns, None)
-    return list(found.values())
-
-
-def _state(file: Path) -> os.stat_result | None:
-    """Return the state of a file that counts; None of what another process has removed or renamed."""
-    try:
-        state = file.stat()
-    except FileNotFoundError:
-        return None
-    return state if stat.S_ISREG(state.st_mode) and file.suffix != ".lock" else None
+        if match is None:
+            yield _Entry(file, state.st_size, state.st_mtime_ns, None)
+        else:
+            num_bytes = max(state.st_size, int(match.group(2)))
+            yield _Entry(file, num_bytes, state.st_mtime_ns, file.with_name(match.group(1)))
 
 
 def _remove(entry: _Entry, *, mine: Path) -> bool:
@@ -186,10 +186,7 @@ def _remove(entry: _Entry, *, mine: Path) -> bool:
             except Timeout:
                 return False
             lock.release()
-        try:
-            entry.file.unlink()
-        except FileNotFoundError:
-            return not entry.made_for.exists()  # else it has become whole meanwhile
+        entry.file.unlink(missing_ok=True)
         return True
     try:
         descriptor = os.open(entry.file, os.O_RDONLY)

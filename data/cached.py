@@ -64,7 +64,7 @@ class CachedShards:
             temporary = self.cache.reserve(file, len(data))
             if temporary is not None:
                 temporary.write_bytes(data)
-                os.replace(temporary, file)
+                self.cache.keep(temporary, file)
             return index
 
     def fetch(
@@ -96,7 +96,7 @@ class CachedShards:
                     stop=stop,
                 )
                 # Not synced: a crash of the machine leaves bytes that every reader would notice.
-                os.replace(temporary, file)
+                self.cache.keep(temporary, file)
                 self.traffic.count("downloads")
             except OSError as error:
                 self._failures[shard] = error

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from bad_server import (
     watched,
 )
 from driftmap.data.batch import Batches, Stream, ordered
-from driftmap.data.cache import Cache, _Entry
+from driftmap.data.cache import Cache, _entries
 from driftmap.data.plan import Plan
 from driftmap.data.prefetch import Ahead
 from driftmap.data.reader import Reader
@@ -144,15 +145,33 @@ def test_a_small_cache_keeps_its_bound_and_gives_the_same_batches(local, tmp_pat
 
 @pytest.mark.parametrize("when", ["listed", "removed"])
 def test_a_file_that_is_renamed_meanwhile_is_counted(when, tmp_path, monkeypatch):
-    """Its old name was found, and is gone when it is looked at, or when it is to be removed."""
-    whole, growing = tmp_path / "one.tar", tmp_path / "one.tar.60.0123abcd.tmp"
-    whole.write_bytes(bytes(60))
+    """A download ends after its old name was found: before it is looked at, or before it is to be removed."""
+    cache, whole = Cache(tmp_path, 100), tmp_path / "one.tar"
+    growing, asked, ended = cache.reserve(whole, 60), threading.Event(), threading.Event()
+    growing.write_bytes(bytes(60))
+
+    def download():
+        with cache.lock(whole):
+            asked.wait()
+            cache.keep(growing, whole)
+        ended.set()
+
+    def meanwhile(found):
+        found = list(found)
+        asked.set()
+        ended.wait(0.3)
+        return iter(found)
+
+    listed, entries = Path.rglob, _entries
+    thread = threading.Thread(target=download)
+    thread.start()
     if when == "listed":
-        monkeypatch.setattr(Path, "rglob", lambda *_: iter([growing]))
+        monkeypatch.setattr(Path, "rglob", lambda *arguments: meanwhile(listed(*arguments)))
     else:
-        found = _Entry(growing, 60, 0, made_for=whole)
-        monkeypatch.setattr("driftmap.data.cache._entries", lambda _: [found])
-    assert Cache(tmp_path, 100).reserve(tmp_path / "other.tar", 50, spare=[tmp_path]) is None
+        monkeypatch.setattr("driftmap.data.cache._entries", lambda folder: meanwhile(entries(folder)))
+    assert cache.reserve(tmp_path / "other.tar", 50, spare=[tmp_path]) is None
+    thread.join()
+    assert whole.stat().st_size == 60
 
 
 def test_a_cache_smaller_than_a_shard_reads_samples_alone(local, tmp_path):
