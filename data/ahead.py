@@ -89,17 +89,21 @@ class ReadAhead:
 
 
 class _Making:
-    """Batches in the order of their jobs; at most `prefetch` are being made, or wait."""
+    """Batches in the order of their jobs; at most `prefetch` are being made, or wait.
+
+    After a batch that failed none is begun: nobody could take it.
+    """
 
     def __init__(self, jobs: Callable[[], Generator[Job]], prefetch: int, stopped: threading.Event) -> None:
         self._jobs, self._stopped = jobs(), stopped
         self._queue: deque[Future[Batch]] = deque()
         self._room = threading.Semaphore(prefetch)
         self._lock = threading.Lock()
+        self._failed = False
 
     def fill(self) -> None:
         """Make batches until they are closed."""
-        while not self._stopped.is_set():
+        while not (self._stopped.is_set() or self._failed):
             if self._room.acquire(timeout=_LOOK_S):
                 self._make_one()
         with self._lock:
@@ -111,7 +115,7 @@ class _Making:
             if self._queue and self._queue[0].done():
                 self._room.release()
                 return self._queue.popleft().result()
-            if self._room.acquire(blocking=False):
+            if not self._failed and self._room.acquire(blocking=False):
                 self._make_one()
             else:
                 self._wait()
@@ -126,6 +130,7 @@ class _Making:
                 job = next(self._jobs)
             made.set_result(job())
         except BaseException as error:
+            self._failed = True
             made.set_exception(error)
             if not isinstance(error, Exception):
                 raise  # of the taker's own thread, such as KeyboardInterrupt: it is not the batch's
